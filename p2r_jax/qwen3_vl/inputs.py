@@ -1,0 +1,133 @@
+"""The arrays a model reads: image sizes are data, never shapes.
+
+B rows, N patches a row (all its images one after another, then padding), P prompt tokens,
+M = N / merge² visual tokens. Only the budgets N and P shape a trace, so one compiled program
+serves every mix of image counts and sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from p2r_jax.qwen3_vl.config import Qwen3VLConfig
+from p2r_jax.qwen3_vl.positions import (
+    Grid,
+    patch_coordinates,
+    position_interpolation,
+    rope_positions,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """The images of each row, in merge-block order; see `positions`."""
+
+    pixels: Float[Array, "B N C"]
+    """Flattened patches (channel, frame, row, column), normalised to [-1, 1]."""
+    row_col: Int[Array, "B N 2"]
+    """Patch coordinates inside the image."""
+    image_id: Int[Array, "B N"]
+    """1, 2, ... by image of the row; 0 is padding. Attention stays within an id."""
+    pos_index: Int[Array, "B N 4"]
+    pos_weight: Float[Array, "B N 4"]
+    """Bilinear look-up into the learned position table."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Right- or left-padded token rows with what their images need."""
+
+    tokens: Int[Array, "B P"]
+    positions: Int[Array, "3 B P"]
+    """M-RoPE positions (time, height, width); 0 on padding."""
+    visual_slot: Int[Array, "B P"]
+    """Index into the row's visual tokens, -1 for text and padding."""
+    valid: Int[Array, "B P"]
+    """1 on real tokens, 0 on padding."""
+    next_position: Int[Array, " B"]
+    """M-RoPE position of the first token after the prompt (all three axes)."""
+    patches: Patches | None
+
+
+def patch_layout(
+    grids: Sequence[Sequence[Grid]], config: Qwen3VLConfig, num_patches: int
+) -> dict[str, np.ndarray]:
+    """Everything about the patches of a batch but their pixels.
+
+    grids: for each row, the (h, w) of its images in patches. Returns the non-pixel fields of
+    `Patches` plus `slot` int32 [B, N]: which image of the row a patch belongs to (-1 = padding).
+    Raises ValueError if a row exceeds `num_patches`.
+    """
+    merge, side = config.vision.spatial_merge_size, config.vision.position_grid
+    shape = (len(grids), num_patches)
+    out = {
+        "row_col": np.zeros((*shape, 2), np.int32),
+        "image_id": np.zeros(shape, np.int32),
+        "pos_index": np.zeros((*shape, 4), np.int32),
+        "pos_weight": np.zeros((*shape, 4), np.float32),
+    }
+    for row, row_grids in enumerate(grids):
+        start = 0
+        for image, grid in enumerate(row_grids):
+            stop = start + grid[0] * grid[1]
+            if stop > num_patches:
+                total = sum(h * w for h, w in row_grids)
+                raise ValueError(
+                    f"row {row} has {total} patches, more than the budget of {num_patches}: "
+                    "raise the patch bucket or lower max_pixels"
+                )
+            out["row_col"][row, start:stop] = patch_coordinates(grid, merge)
+            out["image_id"][row, start:stop] = image + 1
+            index, weight = position_interpolation(grid, merge, side)
+            out["pos_index"][row, start:stop] = index
+            out["pos_weight"][row, start:stop] = weight
+            start = stop
+    out["slot"] = out["image_id"] - 1
+    return out
+
+
+def token_layout(
+    rows: Sequence[np.ndarray],
+    grids: Sequence[Sequence[Grid]],
+    config: Qwen3VLConfig,
+    num_tokens: int,
+    pad_token_id: int,
+    padding_side: str = "right",
+) -> dict[str, np.ndarray]:
+    """The token fields of `Prompts` from unpadded token rows.
+
+    Raises ValueError if a row exceeds `num_tokens`; prompts are never silently truncated, since
+    that would cut images in half.
+    """
+    merge = config.vision.spatial_merge_size
+    shape = (len(rows), num_tokens)
+    out = {
+        "tokens": np.full(shape, pad_token_id, np.int32),
+        "positions": np.zeros((3, *shape), np.int32),
+        "visual_slot": np.full(shape, -1, np.int32),
+        "valid": np.zeros(shape, np.int32),
+        "next_position": np.zeros(len(rows), np.int32),
+    }
+    for i, tokens in enumerate(rows):
+        size = len(tokens)
+        if size > num_tokens:
+            raise ValueError(
+                f"row {i} has {size} prompt tokens, more than the budget of {num_tokens}: "
+                "raise the prompt bucket or lower max_pixels"
+            )
+        span = slice(0, size) if padding_side == "right" else slice(num_tokens - size, num_tokens)
+        positions, following = rope_positions(tokens, grids[i], config.image_token_id, merge)
+        out["tokens"][i, span] = tokens
+        out["positions"][:, i, span] = positions
+        out["valid"][i, span] = 1
+        is_image = np.asarray(tokens) == config.image_token_id
+        out["visual_slot"][i, span] = np.where(is_image, np.cumsum(is_image) - 1, -1)
+        out["next_position"][i] = following
+    return out

@@ -1,0 +1,77 @@
+"""Building blocks shared by the vision tower and the language model.
+
+Every parameter carries `axes`, its logical axis names (see `parallel.mesh`), and computes in its
+own dtype: mixed precision means casting the parameters before the call. Normalisations reduce in
+float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A normally initialised parameter (standard deviation 0.02) with logical axis names."""
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b); `kernel` is [inputs, *outputs] and may have several output axes."""
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+    ):
+        self.num_inputs = len(inputs)
+        self.kernel = param(rngs, (*inputs, *outputs), axes)
+        bias_axes = axes[len(inputs) :]
+        self.bias = nnx.Param(jnp.zeros(outputs), axes=bias_axes) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = jnp.tensordot(x, self.kernel[...], axes=self.num_inputs)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+        wide = x.astype(jnp.float32)
+        wide -= wide.mean(-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        # The reference rounds to the model dtype before it scales.
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+def rotate_half(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([-second, first], axis=-1)
+
+
+def stack(make: Any, count: int, rngs: nnx.Rngs) -> Any:
+    """`count` modules as one whose parameters have a leading layer axis."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=count))

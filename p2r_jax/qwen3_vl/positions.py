@@ -1,0 +1,107 @@
+"""Where tokens and patches sit: host-side integer bookkeeping, NumPy only.
+
+A grid `(h, w)` counts patches; both are multiples of the merge size. Patches are listed in
+*merge-block order* (block row, block column, row in block, column in block), so that four
+consecutive patches become one visual token and merging is a reshape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+Grid = tuple[int, int]
+
+
+@functools.lru_cache(maxsize=4096)
+def patch_coordinates(grid: Grid, merge_size: int) -> np.ndarray:
+    """Row and column of each patch, int32 [h*w, 2], in merge-block order."""
+    h, w = grid
+    rows, cols = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+    coordinates = np.stack([rows, cols], -1)
+    blocks = coordinates.reshape(h // merge_size, merge_size, w // merge_size, merge_size, 2)
+    return blocks.transpose(0, 2, 1, 3, 4).reshape(h * w, 2).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4096)
+def position_interpolation(
+    grid: Grid, merge_size: int, table_side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bilinear look-up of a `table_side`² embedding table stretched over the grid.
+
+    Corners align (the first patch reads entry 0, the last reads `table_side - 1`).
+    Returns indices int32 [h*w, 4] into the row-major table and weights float32 [h*w, 4].
+    """
+    h, w = grid
+    row_col = patch_coordinates(grid, merge_size)
+    parts = []
+    for axis, size in enumerate((h, w)):
+        where = np.linspace(0, table_side - 1, size, dtype=np.float32)[row_col[:, axis]]
+        low = np.floor(where).astype(np.int32)
+        high = np.minimum(low + 1, table_side - 1)
+        parts.append((low, high, (where - low).astype(np.float32)))
+    (r0, r1, fr), (c0, c1, fc) = parts
+    one = np.float32(1)
+    index = np.stack([r0 * table_side + c0, r0 * table_side + c1,
+                      r1 * table_side + c0, r1 * table_side + c1], -1)  # fmt: skip
+    weight = np.stack([(one - fr) * (one - fc), (one - fr) * fc, fr * (one - fc), fr * fc], -1)
+    return index.astype(np.int32), weight.astype(np.float32)
+
+
+def mrope_axes(section: Sequence[int]) -> np.ndarray:
+    """Axis (0 time, 1 height, 2 width) of each rotary frequency, int32 [sum(section)].
+
+    Interleaved M-RoPE: T H W T H W ..., and once height and width have had their share the rest
+    is time. For section (24, 20, 20), frequencies 60..63 are all time.
+    """
+    axes = np.zeros(sum(section), np.int32)
+    for axis in (1, 2):
+        axes[axis : 3 * section[axis] : 3] = axis
+    return axes
+
+
+def rope_positions(
+    tokens: np.ndarray, grids: Sequence[Grid], image_token_id: int, merge_size: int
+) -> tuple[np.ndarray, int]:
+    """M-RoPE positions of one unpadded row.
+
+    tokens: int [S]; each image is a run of `image_token_id` of length h*w/merge².
+    Returns positions int32 [3, S] (time, height, width) and the position of the next token.
+    Text counts all axes together; an image starting at `t` has time t, height t + row, width
+    t + column, and the text after it resumes at t + max(rows, columns).
+
+    Raises ValueError if images and placeholder runs do not match.
+    """
+    size = len(tokens)
+    positions = np.zeros((3, size), np.int32)
+    is_image = np.asarray(tokens) == image_token_id
+    current, i = 0, 0
+    remaining = list(grids)
+    while i < size:
+        if not is_image[i]:
+            stop = i
+            while stop < size and not is_image[stop]:
+                stop += 1
+            positions[:, i:stop] = current + np.arange(stop - i)
+            current += stop - i
+            i = stop
+            continue
+        if not remaining:
+            raise ValueError("more image placeholders in the tokens than images given")
+        h, w = (side // merge_size for side in remaining.pop(0))
+        stop = i + h * w
+        if stop > size or not is_image[i:stop].all():
+            raise ValueError(
+                f"an image of {h}x{w} visual tokens does not match its run of placeholders"
+            )
+        rows, cols = np.divmod(np.arange(h * w), w)
+        positions[0, i:stop] = current
+        positions[1, i:stop] = current + rows
+        positions[2, i:stop] = current + cols
+        current += max(h, w)
+        i = stop
+    if remaining:
+        raise ValueError(f"{len(remaining)} image(s) have no placeholders in the tokens")
+    return positions, current
