@@ -15,9 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 MASKED = -1e30
 
 
-def _scores(
-    q: Float[Array, "*B Q H D"], k: Float[Array, "*B S K D"]
-) -> Float[Array, "*B K g Q S"]:
+def _scores(q: Float[Array, "*B Q H D"], k: Float[Array, "*B S K D"]) -> Float[Array, "*B K g Q S"]:
     """Scaled dot products; query head h reads key-value head h // (H / K)."""
     *lead, queries, heads, width = q.shape
     kv_heads = k.shape[-2]

@@ -42,6 +42,10 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
+    if any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes must be positive; one may be -1"
+        )
     if sizes.count(-1) > 1:
         raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: only one size may be -1")
     if -1 in sizes:
@@ -54,9 +58,7 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def partition_spec(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh
-) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """Mesh axes for one parameter; a dimension that does not divide evenly is replicated."""
     if len(axes) == len(shape) - 1:
         axes = ("layers", *axes)

@@ -97,6 +97,9 @@ class Qwen3VLConfig:
                 f"{source}: model_type is {raw.get('model_type')!r}; only the dense "
                 "'qwen3_vl' is supported"
             )
+        for name in ("vision_config", "text_config"):
+            if not isinstance(raw.get(name), dict):
+                raise ValueError(f"{source}: has no {name}")
         vision, text = raw["vision_config"], raw["text_config"]
         if vision.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
             raise ValueError(f"{source}: vision_config.hidden_act must be gelu_pytorch_tanh")
@@ -109,11 +112,21 @@ class Qwen3VLConfig:
                 f"{source}: text_config has no rope_theta. Published Qwen3-VL models use 5000000; "
                 "libraries disagree about the default, so it must be written out"
             )
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"{source}: rope_type {rope['rope_type']!r} is not supported (only 'default')"
+            )
+        vision_rope = vision.get("rope_parameters") or {}
+        if vision_rope.get("rope_theta", 10000.0) != 10000.0:
+            raise ValueError(f"{source}: vision_config rope_theta must be 10000")
         section = rope.get("mrope_section")
         if section is None:
             raise ValueError(f"{source}: text_config.rope_scaling has no mrope_section")
         if not rope.get("mrope_interleaved", True):
             raise ValueError(f"{source}: only interleaved M-RoPE is supported")
+        _require(vision, VisionConfig, f"{source}: vision_config")
+        derived = ("head_dim", "mrope_section", "rope_theta")
+        _require(text, TextConfig, f"{source}: text_config", *derived)
         head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
         if sum(section) != head_dim // 2:
             raise ValueError(
@@ -167,6 +180,8 @@ class Qwen3VLConfig:
             raise ValueError(f"{source}: num_position_embeddings must be a square number")
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ValueError(f"{source}: vision out_hidden_size must equal text hidden_size")
+        if self.text.num_attention_heads % self.text.num_key_value_heads:
+            raise ValueError(f"{source}: num_attention_heads must divide by num_key_value_heads")
         if self.vision.hidden_size % self.vision.num_heads or self.vision.head_dim % 4:
             raise ValueError(f"{source}: vision head width must be a multiple of 4")
 
@@ -209,3 +224,14 @@ def _pick(raw: dict[str, Any], cls: type, **fixed: Any) -> dict[str, Any]:
     """The fields of dataclass `cls` that `raw` has, with `fixed` taking precedence."""
     names = {field.name for field in dataclasses.fields(cls)}
     return {name: value for name, value in raw.items() if name in names} | fixed
+
+
+def _require(raw: dict[str, Any], cls: type, where: str, *derived: str) -> None:
+    """Raise ValueError listing fields without a default that `raw` lacks and nothing derives."""
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.name not in (*raw, *derived)
+    ]
+    if missing:
+        raise ValueError(f"{where} has no {', '.join(missing)}")

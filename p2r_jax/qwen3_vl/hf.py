@@ -44,12 +44,12 @@ class Name:
 
 def _linear(hf: str, path: str, inputs: int = 1, bias: bool = True) -> list[Name]:
     names = [Name(f"{hf}.weight", f"{path}.kernel", inputs)]
-    return names + [Name(f"{hf}.bias", f"{path}.bias")] if bias else names
+    return [*names, Name(f"{hf}.bias", f"{path}.bias")] if bias else names
 
 
 def _norm(hf: str, path: str, bias: bool = True) -> list[Name]:
     names = [Name(f"{hf}.weight", f"{path}.scale")]
-    return names + [Name(f"{hf}.bias", f"{path}.bias")] if bias else names
+    return [*names, Name(f"{hf}.bias", f"{path}.bias")] if bias else names
 
 
 def _merger(hf: str, path: str) -> list[Name]:
@@ -202,11 +202,15 @@ def load_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bf
 
     expected = {name: shape for _, names, _, shape in entries for name in names}
     extra = set(folder.where) - set(expected)
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        # Some tools write the tied head a second time; harmless only if it is the same matrix.
-        embedding = folder.read("model.language_model.embed_tokens.weight")
-        if np.array_equal(folder.read("lm_head.weight"), embedding):
-            extra.discard("lm_head.weight")
+    embedding = "model.language_model.embed_tokens.weight"
+    written_twice = {"lm_head.weight", embedding} <= folder.where.keys()
+    # Some tools write the tied head a second time; harmless only if it is the same matrix.
+    if (
+        config.tie_word_embeddings
+        and written_twice
+        and np.array_equal(folder.read("lm_head.weight"), folder.read(embedding))
+    ):
+        extra.discard("lm_head.weight")
     problems = [f"missing: {n}" for n in sorted(set(expected) - set(folder.where))]
     problems += [f"unexpected: {n}" for n in sorted(extra)]
     problems += [
@@ -215,7 +219,8 @@ def load_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bf
         if n in folder.where and folder.shape(n) != s
     ]
     if problems:
-        shown = "\n  ".join(problems[:40])
+        more = [f"... and {len(problems) - 40} more"] if len(problems) > 40 else []
+        shown = "\n  ".join(problems[:40] + more)
         raise ValueError(f"{path} does not match its config.json ({len(problems)}):\n  {shown}")
 
     shardings = _flat(parameter_shardings(state, mesh)) if mesh is not None else {}

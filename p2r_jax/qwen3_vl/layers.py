@@ -7,6 +7,7 @@ float32.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -15,9 +16,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-    """A normally initialised parameter (standard deviation 0.02) with logical axis names."""
-    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=axes)
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int
+) -> nnx.Param:
+    """A normally initialised parameter (variance 1 / fan_in) with logical axis names."""
+    return nnx.Param(fan_in**-0.5 * jax.random.normal(rngs.params(), shape), axes=axes)
 
 
 class Linear(nnx.Module):
@@ -33,7 +36,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.num_inputs = len(inputs)
-        self.kernel = param(rngs, (*inputs, *outputs), axes)
+        self.kernel = param(rngs, (*inputs, *outputs), axes, math.prod(inputs))
         bias_axes = axes[len(inputs) :]
         self.bias = nnx.Param(jnp.zeros(outputs), axes=bias_axes) if bias else None
 

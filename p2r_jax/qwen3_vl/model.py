@@ -5,7 +5,6 @@ Letters as in `inputs`; V vocabulary, E text width.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -26,10 +25,11 @@ class Qwen3VL(nnx.Module):
         self.config = config
         self.visual = VisionTower(config.vision, rngs)
         self.language_model = TextDecoder(config.text, rngs)
+        shape = (config.text.vocab_size, config.text.hidden_size)
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else param(rngs, (config.text.vocab_size, config.text.hidden_size), ("vocab", "embed"))
+            else param(rngs, shape, ("vocab", "embed"), fan_in=shape[1])
         )
 
     def embed(
@@ -156,7 +156,5 @@ def forward_hf(
     input_ids, attention_mask: int [B, S]; pixel_values: float32 [sum of patches, C·T·p²];
     image_grid_thw: int [images, 3]. Logits on padding are meaningless.
     """
-    prompts = prompts_from_hf(
-        model.config, input_ids, attention_mask, pixel_values, image_grid_thw
-    )
+    prompts = prompts_from_hf(model.config, input_ids, attention_mask, pixel_values, image_grid_thw)
     return _forward(model, prompts)

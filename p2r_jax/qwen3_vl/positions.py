@@ -38,7 +38,7 @@ def position_interpolation(
     row_col = patch_coordinates(grid, merge_size)
     parts = []
     for axis, size in enumerate((h, w)):
-        where = np.linspace(0, table_side - 1, size, dtype=np.float32)[row_col[:, axis]]
+        where = row_col[:, axis].astype(np.float32) * (table_side - 1) / max(size - 1, 1)
         low = np.floor(where).astype(np.int32)
         high = np.minimum(low + 1, table_side - 1)
         parts.append((low, high, (where - low).astype(np.float32)))

@@ -30,7 +30,9 @@ def rotary_angles(
 ) -> tuple[Float[Array, "*S 1 D"], Float[Array, "*S 1 D"]]:
     """Cosine and sine of the interleaved M-RoPE angles, float32."""
     half = config.head_dim // 2
-    frequencies = config.rope_theta ** -(np.arange(half, dtype=np.float32) / half)
+    # As the reference rounds it: `theta ** -x` differs by one unit in the last place, which is
+    # 1e-3 in the cosine at position 10,000.
+    frequencies = 1 / config.rope_theta ** (np.arange(half, dtype=np.float32) / half)
     by_axis = jnp.moveaxis(positions, 0, -1)[..., mrope_axes(config.mrope_section)]
     angles = by_axis.astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], -1)[..., None, :]
@@ -78,7 +80,10 @@ class TextDecoder(nnx.Module):
     def __init__(self, config: TextConfig, rngs: nnx.Rngs):
         self.config = config
         self.embed_tokens = param(
-            rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed")
+            rngs,
+            (config.vocab_size, config.hidden_size),
+            ("vocab", "embed"),
+            fan_in=config.hidden_size,
         )
         self.layers = stack(lambda rngs: DecoderLayer(config, rngs), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -114,9 +119,7 @@ class TextDecoder(nnx.Module):
             index, layer_state, layer_input = inputs
             x, kept = nnx.merge(graph, layer_state)(x, cos, sin, attend, layer_input)
             if deepstack is not None:
-                x = jax.lax.cond(
-                    index < deepstack.shape[0], add_level, lambda x, _: x, x, index
-                )
+                x = jax.lax.cond(index < deepstack.shape[0], add_level, lambda x, _: x, x, index)
             return x, kept
 
         if remat:

@@ -39,12 +39,8 @@ class VisionBlock(nnx.Module):
             rngs=rngs,
         )
         hidden = config.intermediate_size
-        self.fc1 = Linear(
-            (width,), (hidden,), ("vision_embed", "vision_mlp"), bias=True, rngs=rngs
-        )
-        self.fc2 = Linear(
-            (hidden,), (width,), ("vision_mlp", "vision_embed"), bias=True, rngs=rngs
-        )
+        self.fc1 = Linear((width,), (hidden,), ("vision_embed", "vision_mlp"), bias=True, rngs=rngs)
+        self.fc2 = Linear((hidden,), (width,), ("vision_mlp", "vision_embed"), bias=True, rngs=rngs)
 
     def __call__(
         self,
@@ -74,7 +70,9 @@ class Merger(nnx.Module):
         self.norm = LayerNorm(
             merged if norm_after_merge else config.hidden_size, config.layer_norm_eps
         )
-        self.fc1 = Linear((merged,), (merged,), ("vision_embed", "vision_mlp"), bias=True, rngs=rngs)
+        self.fc1 = Linear(
+            (merged,), (merged,), ("vision_embed", "vision_mlp"), bias=True, rngs=rngs
+        )
         self.fc2 = Linear(
             (merged,), (config.out_hidden_size,), ("vision_mlp", "embed"), bias=True, rngs=rngs
         )
@@ -95,7 +93,10 @@ class VisionTower(nnx.Module):
             (config.patch_dim,), (config.hidden_size,), (None, "vision_embed"), bias=True, rngs=rngs
         )
         self.pos_embed = param(
-            rngs, (config.num_position_embeddings, config.hidden_size), (None, "vision_embed")
+            rngs,
+            (config.num_position_embeddings, config.hidden_size),
+            (None, "vision_embed"),
+            fan_in=config.hidden_size,
         )
         self.blocks = stack(lambda rngs: VisionBlock(config, rngs), config.depth, rngs)
         self.merger = Merger(config, norm_after_merge=False, rngs=rngs)
@@ -117,7 +118,8 @@ class VisionTower(nnx.Module):
         looked_up = table[patches.pos_index].astype(jnp.float32)
         x = x + (looked_up * patches.pos_weight[..., None]).sum(-2).astype(dtype)
 
-        frequencies = config.rope_theta ** -(
+        # The reference's rounding, as in `text.rotary_angles`.
+        frequencies = 1 / config.rope_theta ** (
             np.arange(config.head_dim // 4, dtype=np.float32) / (config.head_dim // 4)
         )
         angles = patches.row_col[..., None].astype(jnp.float32) * frequencies
@@ -145,7 +147,10 @@ class VisionTower(nnx.Module):
             body = jax.checkpoint(body)
         taps = jnp.zeros((levels, *x.shape), x.dtype)
         (x, taps), _ = jax.lax.scan(body, (x, taps), (level_of, state))
-        deepstack = nnx.vmap(lambda merger, tap: merger(tap), in_axes=(0, 0))(
-            self.deepstack_mergers, taps
-        )
-        return self.merger(x), deepstack
+        # Unrolled: there are three, and a batched matrix product is slower than three plain ones.
+        merger_graph, mergers = nnx.split(self.deepstack_mergers)
+        deepstack = [
+            nnx.merge(merger_graph, jax.tree.map(lambda leaf: leaf[level], mergers))(taps[level])
+            for level in range(levels)
+        ]
+        return self.merger(x), jnp.stack(deepstack)

@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, scoring with intervals, the runner and the HTML report."""

@@ -1,0 +1,1 @@
+"""Array operations: one function per idea, an XLA reference first, kernels behind it."""

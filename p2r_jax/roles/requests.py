@@ -1,0 +1,262 @@
+"""Requests to the model, and how a list of them becomes one padded batch on the device.
+
+A request is tokens plus views of one uploaded image. Batches take the smallest bucket that holds
+them, so a run compiles each program once per bucket whatever the images and boxes are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from p2r_jax.ops.image import Views, render_patches
+from p2r_jax.parallel.mesh import batch_sharding, batch_shards, replicated
+from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
+from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.roles.boxes import Box
+from p2r_jax.roles.evidence import View, gather_evidence, plain_view
+from p2r_jax.roles.prompts import PromptSet, Role, build_messages
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt: token row (placeholders expanded) and the views it refers to, in order."""
+
+    tokens: np.ndarray
+    image: int
+    """Index into the batch's uploaded images."""
+    views: tuple[View, ...]
+    has_evidence: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Allowed padded sizes, increasing. Each one used costs a compilation of each program."""
+
+    patches: tuple[int, ...]
+    """Patches a row (all its images)."""
+    prompt_tokens: tuple[int, ...]
+    canvas: tuple[int, ...]
+    """Largest side of a resized image, pixels."""
+    image: tuple[int, ...]
+    """Largest side of a source image, pixels."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            sizes = tuple(getattr(self, field.name))
+            object.__setattr__(self, field.name, sizes)
+            if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+                raise ValueError(f"buckets.{field.name} must be increasing sizes, got {sizes}")
+
+
+def fit(sizes: Sequence[int], needed: int, name: str) -> int:
+    """The smallest bucket of at least `needed`; ValueError naming the setting if there is none."""
+    for size in sizes:
+        if size >= needed:
+            return size
+    raise ValueError(
+        f"{needed} exceeds the largest bucket of buckets.{name} = {list(sizes)}: add a larger one "
+        "or lower the pixel budget"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageStore:
+    """The source images of a step, uploaded once as one uint8 array [I, H, W, 3]."""
+
+    pixels: jax.Array
+    sizes: jax.Array
+    shapes: tuple[tuple[int, int], ...]
+    """(height, width) of each image, on the host."""
+
+    @classmethod
+    def upload(
+        cls, images: Sequence[np.ndarray], buckets: Buckets, mesh: Mesh | None = None
+    ) -> ImageStore:
+        """images: uint8 [H, W, 3] each. Padded to the smallest bucket that holds them all."""
+        shapes = tuple((int(i.shape[0]), int(i.shape[1])) for i in images)
+        height, width = (
+            fit(buckets.image, max(s[axis] for s in shapes), "image") for axis in (0, 1)
+        )
+        pixels = np.zeros((len(images), height, width, 3), np.uint8)
+        for i, image in enumerate(images):
+            pixels[i, : image.shape[0], : image.shape[1]] = image
+        where = replicated(mesh) if mesh is not None else None
+        sizes = np.asarray(shapes, np.int32)
+        return cls(jax.device_put(pixels, where), jax.device_put(sizes, where), shapes)
+
+
+class RequestBuilder:
+    """Words requests for each role and collates them. One instance serves a whole run."""
+
+    def __init__(
+        self, processor: Processor, prompts: PromptSet, buckets: Buckets, mesh: Mesh | None = None
+    ):
+        self.processor = processor
+        self.prompts = prompts
+        self.buckets = buckets
+        self.mesh = mesh
+
+    def plain(
+        self, role: Role, images: ImageStore, image: int, question: str, answer_form: str
+    ) -> Request:
+        """A request that sees the unannotated image: perceiver, baseline or direct."""
+        view = plain_view(*images.shapes[image], self.processor.sizes)
+        return self._build(role, image, (view,), question, answer_form)
+
+    def reasoner(
+        self,
+        images: ImageStore,
+        image: int,
+        question: str,
+        answer_form: str,
+        boxes: Sequence[Box],
+    ) -> Request:
+        """A request that sees the annotated image and the crops of `boxes`."""
+        evidence = gather_evidence(*images.shapes[image], boxes, self.processor.sizes)
+        return self._build("reasoner", image, evidence.views, question, answer_form, evidence.found)
+
+    def _build(
+        self,
+        role: Role,
+        image: int,
+        views: tuple[View, ...],
+        question: str,
+        answer_form: str,
+        has_evidence: bool = True,
+    ) -> Request:
+        messages = build_messages(
+            self.prompts,
+            role,
+            question,
+            num_images=len(views),
+            answer_form=answer_form,
+            has_evidence=has_evidence,
+        )
+        grids = [self.processor.sizes.grid(view.target) for view in views]
+        tokens = self.processor.encode(messages, grids)
+        return Request(tokens, image, views, has_evidence)
+
+    def collate(self, requests: Sequence[Request], images: ImageStore) -> Prompts:
+        """One batch on the device; rows are filled up to a multiple of the mesh's batch shards
+        with copies of the last request."""
+        config, sizes = self.processor.config, self.processor.sizes
+        shards = batch_shards(self.mesh) if self.mesh is not None else 1
+        requests = [*requests, *[requests[-1]] * (-len(requests) % shards)]
+        grids = [[sizes.grid(view.target) for view in r.views] for r in requests]
+        num_patches = fit(
+            self.buckets.patches, max(sum(h * w for h, w in g) for g in grids), "patches"
+        )
+        num_tokens = fit(
+            self.buckets.prompt_tokens, max(len(r.tokens) for r in requests), "prompt_tokens"
+        )
+        targets = [view.target for r in requests for view in r.views]
+        canvas = tuple(
+            fit(self.buckets.canvas, max(t[axis] for t in targets), "canvas") for axis in (0, 1)
+        )
+        layout = patch_layout(grids, config, num_patches)
+        slot = layout.pop("slot")
+        tokens = token_layout(
+            [r.tokens for r in requests], grids, config, num_tokens, self.processor.pad_id
+        )
+        views = _stack_views(requests)
+        if self.mesh is not None:
+            rows = batch_sharding(self.mesh)
+            by_axis = jax.sharding.NamedSharding(
+                self.mesh, jax.sharding.PartitionSpec(None, *rows.spec)
+            )
+            layout, slot, views = jax.device_put((layout, slot, views), rows)
+            positions = jax.device_put(tokens.pop("positions"), by_axis)
+            tokens = jax.device_put(tokens, rows) | {"positions": positions}
+        else:
+            layout, slot, views, tokens = jax.device_put((layout, slot, views, tokens))
+        pixels = _render(
+            images.pixels,
+            images.sizes,
+            views,
+            slot,
+            layout["row_col"],
+            canvas=canvas,
+            patch_size=config.vision.patch_size,
+            temporal_patch_size=config.vision.temporal_patch_size,
+            mesh=self.mesh,
+        )
+        return Prompts(patches=Patches(pixels=pixels, **layout), **tokens)
+
+
+def _stack_views(requests: Sequence[Request]) -> Views:
+    """Views of a batch [B, S, ...]; S and the number of outlines are rounded up to few sizes."""
+    most = max(len(r.views) for r in requests)
+    slots = 1 if most == 1 else max(4, 1 << (most - 1).bit_length())
+    drawn = max(len(v.outlines) for r in requests for v in r.views)
+    outlines = max(4, 1 << max(drawn - 1, 0).bit_length())
+    shape = (len(requests), slots)
+    out = {
+        "image_index": np.zeros(shape, np.int32),
+        "crop": np.zeros((*shape, 4), np.int32),
+        "target": np.zeros((*shape, 2), np.int32),
+        "outlines": np.zeros((*shape, outlines, 4), np.int32),
+        "outline_count": np.zeros(shape, np.int32),
+        "line_width": np.ones(shape, np.int32),
+    }
+    for row, request in enumerate(requests):
+        for i, view in enumerate(request.views):
+            out["image_index"][row, i] = request.image
+            out["crop"][row, i] = view.crop
+            out["target"][row, i] = view.target
+            count = len(view.outlines)
+            if count:
+                out["outlines"][row, i, :count] = view.outlines
+            out["outline_count"][row, i] = count
+            out["line_width"][row, i] = max(1, view.line_width)
+    return Views(**out)
+
+
+@functools.partial(jax.jit, static_argnames=("canvas", "patch_size", "temporal_patch_size", "mesh"))
+def _render(
+    images: jax.Array,
+    sizes: jax.Array,
+    views: Views,
+    slot: jax.Array,
+    row_col: jax.Array,
+    *,
+    canvas: tuple[int, int],
+    patch_size: int,
+    temporal_patch_size: int,
+    mesh: Mesh | None,
+) -> jax.Array:
+    render = functools.partial(
+        render_patches,
+        canvas=canvas,
+        patch_size=patch_size,
+        temporal_patch_size=temporal_patch_size,
+    )
+    if mesh is None:
+        return render(images, sizes, views, slot, row_col)
+    # The loop over views must stay on its own rows; the partitioner would run it everywhere.
+    rows = batch_sharding(mesh).spec
+    whole = jax.sharding.PartitionSpec()
+    return jax.shard_map(
+        render,
+        mesh=mesh,
+        in_specs=(whole, whole, rows, rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )(images, sizes, views, slot, row_col)
+
+
+def to_device_vocabulary(processor: Processor, mesh: Mesh | None = None):
+    """The sampler's `Vocabulary` of a checkpoint."""
+    from p2r_jax.rollout.engine import Vocabulary
+
+    size = processor.config.text.vocab_size
+    stop = np.zeros(size, bool)
+    stop[list(processor.stop_ids)] = True
+    vocabulary = Vocabulary(processor.allowed_tokens(), stop, np.int32(processor.pad_id))
+    return jax.device_put(vocabulary, replicated(mesh) if mesh is not None else None)

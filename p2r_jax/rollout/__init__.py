@@ -1,0 +1,1 @@
+"""Sampling: the prompt once, its G completions against one shared prefix."""

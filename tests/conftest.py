@@ -1,0 +1,32 @@
+"""Every test runs on CPU with eight virtual devices, so that meshes are real.
+
+The settings precede the first import of JAX; pytest imports this file before any test module.
+"""
+
+import importlib.metadata
+import os
+
+import pytest
+
+_flags = ["--xla_force_host_platform_device_count=8"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Compiles the tests' small programs several times faster. XLA refuses to start on flags that
+    # it does not know, hence the versions for which this one is known.
+    _flags.append("--xla_cpu_use_fusion_emitters=false")
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([*(f for f in _flags if f.split("=")[0] not in _given), _given])
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules whose time would go into optimising programs that then run for milliseconds."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,372 @@
+"""The HTML report: complete, offline, safe against what a model writes, tolerant of half a run."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from p2r_jax.evals import run_folder
+from p2r_jax.evals.report import duration, number, percent, write_report
+
+
+class Page(html.parser.HTMLParser):
+    """Elements of a page: (tag, attributes), and the text of each script."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source = path.read_text("utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self.ended = False
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.ended = False
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.lasttag == "script" and not self.ended:
+            self.scripts[-1] += data
+        elif self.lasttag != "style" or self.ended:
+            self.words.append(data)
+
+    def handle_endtag(self, tag):
+        self.ended = True
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def of_class(self, name: str) -> list[dict[str, str | None]]:
+        return [a for _, a in self.elements if name in (a.get("class") or "").split()]
+
+
+@pytest.fixture(scope="module")
+def page(finished_run, tmp_path_factory) -> Page:
+    return Page(write_report(finished_run, tmp_path_factory.mktemp("out") / "report.html"))
+
+
+def write_jsonl(path: Path, *rows: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class TestPage:
+    def test_default_place_is_the_run_folder(self, tmp_path):
+        (tmp_path / "config.yaml").write_text("model: tiny\n")
+        assert write_report(tmp_path) == tmp_path / "report.html"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "report.html"]
+
+    def test_every_section_is_there(self, page):
+        ids = {a.get("id") for _, a in page.elements}
+        assert {"summary", "evaluation", "curves", "answers", "samples", "config"} <= ids
+        assert "Not in this run folder" not in page.text
+
+    def test_nothing_is_loaded_from_elsewhere(self, page):
+        for tag, attributes in page.elements:
+            for name, value in attributes.items():
+                if name in ("src", "href", "srcset", "action", "data", "xlink:href"):
+                    assert value.startswith(("#", "data:image/jpeg;base64,")), (tag, name, value)
+        assert "http" not in re.sub(r'http-equiv|data:[^"]*', "", page.source)
+        assert "@import" not in page.source
+
+    def test_headline_carries_intervals_and_stage_times(self, page, finished_run):
+        after = json.loads((finished_run / "summary.json").read_text())["after"]
+        assert percent(after["accuracy"]) in page.text
+        assert f"{percent(after['low'])} – {percent(after['high'])} · n = 24" in page.text
+        assert "reasoner 1 16 min" in page.text
+
+    def test_each_picture_is_embedded_once_and_small(self, page):
+        images = [a for tag, a in page.elements if tag == "image"]
+        assert len({a["href"] for a in images}) == len(images) > 24
+        used = {a["href"] for tag, a in page.elements if tag == "use"}
+        assert used == {f"#{a['id']}" for a in images}
+
+    def test_pictures_are_scaled_down_to_the_stated_side(self, tmp_path):
+        Image.new("RGB", (900, 300)).save(tmp_path / "wide.png")
+        write_jsonl(tmp_path / "eval/x.jsonl", answer("a", image="wide.png"))
+        page = Page(write_report(tmp_path, image_side=120))
+        (image,) = [a for tag, a in page.elements if tag == "image"]
+        assert (image["width"], image["height"]) == ("120", "40")
+        assert "scaled down to 120 pixels" in page.text
+
+    def test_boxes_are_drawn_where_they_are(self, tmp_path):
+        boxes = [{"bbox_2d": [100, 200, 300, 400], "label": "cup"}]
+        write_jsonl(
+            tmp_path / "eval/x.jsonl",
+            answer("a", boxes=boxes, true_boxes=[[0, 0, 500, 1000]], width=400, height=200),
+        )
+        page = Page(write_report(tmp_path))
+        (predicted,) = page.of_class("predicted")
+        (true,) = page.of_class("truth")
+        # The longer side is 1000 units of the drawing, so the shorter one is 500.
+        place = ("x", "y", "width", "height")
+        assert [predicted[k] for k in place] == ["100.0", "100.0", "200.0", "100.0"]
+        assert [true[k] for k in place] == ["0.0", "0.0", "500.0", "500.0"]
+
+    def test_paired_comparison_of_before_and_after(self, page, finished_run):
+        sides = [
+            {
+                r["id"]: r["correct"]
+                for r in map(json.loads, (finished_run / f"eval/{name}.jsonl").open())
+                if r["mode"] == "p2r"
+            }
+            for name in ("before", "after")
+        ]
+        gain = sum(sides[0][i] < sides[1][i] for i in sides[0])
+        harm = sum(sides[0][i] > sides[1][i] for i in sides[0])
+        assert f"before p2r after p2r 24 {gain} {harm}" in page.text
+
+    def test_a_group_of_completions_shares_a_card(self, page):
+        groups = [a for tag, a in page.elements if tag == "article" and "data-rewards" in a]
+        members = page.of_class("member")
+        assert len(members) == 4 * len(groups)
+        assert {"perceiver", "reasoner"} == {g["data-phase"] for g in groups}
+
+
+class TestUntrustedText:
+    def test_model_output_cannot_add_elements(self, page, hostile):
+        tags = [tag for tag, _ in page.elements]
+        assert tags.count("script") == 2  # The hover data and the page's own script.
+        assert "img" not in tags
+        assert not any(name.startswith("on") for _, a in page.elements for name in a)
+        assert hostile.split("</script>")[0].replace("<", "&lt;")[:10] in page.source
+
+    def test_metric_names_cannot_end_the_embedded_json(self, tmp_path, hostile):
+        write_jsonl(
+            tmp_path / "metrics.jsonl",
+            {"step": 0, "phase": hostile, f"eval/{hostile}/accuracy": 0.5, hostile: 1.0},
+            {"step": 1, "phase": hostile, f"eval/{hostile}/accuracy": 0.5, hostile: 2.0},
+        )
+        page = Page(write_report(tmp_path))
+        assert len(page.scripts) == 2
+        assert json.loads(page.scripts[0])["charts"]
+        assert hostile in page.text
+
+    def test_attributes_and_every_text_field_are_escaped(self, tmp_path):
+        hostile = '"><svg onload=alert(1)>\ud83d'  # A lone surrogate, as JSON allows.
+        fields = ("id", "mode", "category", "question", "answer", "prediction", "image")
+        texts = ("perceiver_text", "reasoner_text")
+        record = answer("a") | dict.fromkeys(fields + texts, hostile) | {"options": [hostile]}
+        record["boxes"] = [{"bbox_2d": [1, 2, 3, 4], "label": hostile}]
+        write_jsonl(tmp_path / "eval/x.jsonl", record)
+        write_jsonl(
+            tmp_path / "samples/step_1.jsonl",
+            dict.fromkeys(("step", "phase", "role", "id", "question", "completion"), hostile),
+        )
+        (tmp_path / "summary.json").write_text(json.dumps({hostile: {"accuracy": 1}, "x": hostile}))
+        page = Page(write_report(tmp_path))
+        assert not any("onload" in name for _, a in page.elements for name in a)
+
+    def test_the_policy_allows_only_the_page_own_script(self, page):
+        (policy,) = [a["content"] for _, a in page.elements if a.get("http-equiv")]
+        assert "default-src 'none'" in policy
+        assert re.search(r"script-src 'sha256-[\w+/]+=*'", policy)
+
+    @pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "a/../../secret.png"])
+    def test_files_outside_the_run_folder_are_not_embedded(self, tmp_path, path):
+        Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+        run = tmp_path / "run"
+        write_jsonl(run / "eval/x.jsonl", answer("a", image=path))
+        page = Page(write_report(run))
+        assert "not inside the run folder" in page.text
+        assert not [tag for tag, _ in page.elements if tag == "image"]
+
+
+class TestIncompleteRuns:
+    def test_no_folder(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no run folder at .*nowhere"):
+            write_report(tmp_path / "nowhere")
+
+    def test_an_empty_folder_says_what_was_expected(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"expected at least one of summary.json"):
+            write_report(tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        "kept", ["summary.json", "metrics.jsonl", "config.yaml", "samples", "eval"]
+    )
+    def test_any_one_input_is_enough(self, finished_run, tmp_path, kept):
+        source = finished_run / kept
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / kept)
+        page = Page(write_report(tmp_path))
+        missing = [n for n, use in run_folder.INPUTS.items() if f"{n} ({use})" in page.text]
+        assert len(missing) == 4
+        assert not any(name.startswith(kept) for name in missing)
+
+    def test_stored_summaries_stand_in_for_records(self, finished_run, tmp_path):
+        (tmp_path / "eval").mkdir()
+        shutil.copy(finished_run / "eval/after.json", tmp_path / "eval/after.json")
+        page = Page(write_report(tmp_path))
+        stored = json.loads((tmp_path / "eval/after.json").read_text())["modes"]["p2r"]
+        assert percent(stored["accuracy"]) in page.text
+
+    def test_a_half_written_line_is_skipped_and_reported(self, tmp_path):
+        lines = [json.dumps({"step": s, "reward/mean": 0.1 * s}) for s in range(5)]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "rew')
+        page = Page(write_report(tmp_path))
+        assert "metrics.jsonl: 1 line is not a JSON object, first at line 6" in page.text
+        assert "5 steps" in page.text
+
+    def test_missing_and_broken_pictures_are_named(self, tmp_path):
+        (tmp_path / "broken.png").write_bytes(b"not a picture")
+        write_jsonl(
+            tmp_path / "eval/x.jsonl",
+            answer("a", image="gone.png"),
+            answer("b", image="broken.png"),
+            answer("c", image=None),
+        )
+        text = Page(write_report(tmp_path)).text
+        assert "gone.png: file not found" in text
+        assert "broken.png: cannot identify" in text
+        assert "No picture was saved" in text
+
+    def test_records_that_cannot_be_scored_are_still_shown(self, tmp_path):
+        write_jsonl(tmp_path / "eval/x.jsonl", answer("a", correct=None), answer("b"))
+        text = Page(write_report(tmp_path)).text
+        assert "eval/x.jsonl cannot be scored: ValueError: record 'a'" in text
+        assert "2 answers" in text
+
+    @pytest.mark.parametrize("junk", [None, 3, "x", [], {}, [[1]], float("nan")])
+    def test_fields_of_any_type_do_not_break_the_page(self, tmp_path, junk):
+        keys = list(answer("a"))
+        write_jsonl(
+            tmp_path / "eval/x.jsonl",
+            *({**answer("a"), key: junk} for key in keys),
+            {},
+            {"id": junk},
+        )
+        names = ("step", "phase", "role", "id", "completion", "reward", "reward_parts", "boxes")
+        write_jsonl(tmp_path / "samples/step_0.jsonl", *({n: junk} for n in names))
+        write_jsonl(tmp_path / "metrics.jsonl", *({"step": 1, n: junk} for n in names))
+        fields = ("before", "after", "stages", "seed")
+        (tmp_path / "summary.json").write_text(json.dumps(dict.fromkeys(fields, junk)))
+        write_report(tmp_path)
+
+
+class TestSelection:
+    def test_cards_are_limited_and_the_rest_is_counted(self, finished_run, tmp_path):
+        page = Page(write_report(finished_run, tmp_path / "r.html", max_cards=40))
+        cards = [a for tag, a in page.elements if tag == "article" and "data-verdict" in a]
+        members = page.of_class("member")
+        assert len(cards) + len(members) == 40
+        left_out = 2 * 2 * 24 - len(cards)
+        assert f"{len(cards)} of 96 answers are shown" in page.text
+        assert f"{left_out} are left out" in page.text
+
+
+class TestCurves:
+    def test_metrics_are_grouped_and_modes_share_a_chart(self, page):
+        names = re.findall(r'class="name">([^<]+)<', page.source)
+        assert names.count("eval/accuracy") == 1
+        assert {"reward/mean", "kl/mean", "lr", "perceiver/hit_rate"} <= set(names)
+        assert not {"eval/low", "eval/high", "step", "round", "phase_step"} & set(names)
+
+
+def test_numbers_read_well():
+    assert [percent(v) for v in (0.9319, 0, None, float("nan"))] == ["93.2 %", "0.0 %", "–", "–"]
+    assert [number(v) for v in (1234, 0.12345, 1e-6, True)] == ["1,234", "0.123", "1e-06", "–"]
+    assert [duration(v) for v in (12.34, 512, 3725, 86_400)] == [
+        "12.3 s",
+        "9 min",
+        "1 h 2 min",
+        "24 h 0 min",
+    ]
+
+
+def test_in_a_browser(finished_run, tmp_path):
+    """The script runs under the page's own policy, without errors, and a filter hides cards."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
+    original = write_report(finished_run, tmp_path / "report.html").read_text("utf-8")
+    # The real page, then a copy whose policy lets a test script choose two filters.
+    dom, log = _dump_dom(browser, tmp_path / "report.html", tmp_path)
+    assert "CONSOLE" not in log
+    assert "<title>tiny-two-phase · p2r report</title>" in dom
+    total = int(re.search(r"<output[^>]*>(\d+) of (\d+) shown", dom)[2])
+
+    script = """<script>
+      const bar = document.querySelector("[data-gallery=answer-cards]");
+      bar.querySelector("[data-field=mode]").value = "=p2r";
+      bar.querySelector("[data-search]").value = "VSTAR-003 disc";
+      bar.dispatchEvent(new Event("input"));
+      document.querySelector("#answer-cards .card:not([hidden]) .zoom").click();
+      document.querySelector("[data-chart]").dispatchEvent(
+        new KeyboardEvent("keydown", {key: "Home"}));
+    </script></body>"""
+    steered = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", original)
+    (tmp_path / "steered.html").write_text(steered.replace("</body>", script), "utf-8")
+    dom, log = _dump_dom(browser, tmp_path / "steered.html", tmp_path)
+    assert "CONSOLE" not in log
+    cards = re.findall(r"<article class=\"card[^>]*>", dom)
+    shown = [card for card in cards if "hidden" not in card]
+    assert len(cards) == total
+    assert len(shown) == 2  # Question 3, before and after.
+    assert all('data-mode="p2r"' in card for card in shown)
+    assert re.search(r'<dialog id="zoom"[^>]* open=""', dom)
+    assert re.search(r'<div id="tooltip"[^>]*>step 0\s', dom)
+
+
+def _dump_dom(browser: str, page: Path, scratch: Path) -> tuple[str, str]:
+    profile = scratch / f"profile-{page.stem}"
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--enable-logging=stderr",
+    ]
+    result = subprocess.run(
+        [browser, *flags, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "DBUS_SESSION_BUS_ADDRESS": "disabled:"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+def answer(id_: str, **fields: Any) -> dict[str, Any]:
+    """An evaluation record with every field."""
+    return {
+        "id": id_,
+        "mode": "p2r",
+        "category": "a",
+        "question": "Which?",
+        "options": ["red", "blue"],
+        "answer": "A",
+        "prediction": "A",
+        "correct": 1,
+        "perceiver_text": "[]",
+        "parse_ok": True,
+        "boxes": [],
+        "true_boxes": [],
+        "reasoner_text": "<answer>A</answer>",
+        "hit": None,
+        "iou": None,
+        "area": None,
+        "width": 400,
+        "height": 300,
+        "image": None,
+        "crops": [],
+        **fields,
+    }
