@@ -84,6 +84,8 @@ class VisualSearchConfig:
       colours: names from `COLOURS`; the tiles of a scene have distinct colours.
       glyphs: the characters in use, without A-D.
       overview: height and width of the shrunken scene that must not show the characters, pixels.
+      concealment: how much hiding counts against legibility, see `glyph_patterns`.  Lower values
+        make the characters easier to read in the crop and, soon, in the overview.
       texture: contrast of the background, grey levels.
       colour_questions, shape_questions, same_questions: relative frequency of the question
         types: "Which character is on the red tile?", "... on the triangle tile?" (asked about a
@@ -99,6 +101,7 @@ class VisualSearchConfig:
     colours: tuple[str, ...] = tuple(COLOURS)
     glyphs: str = "HPUX2456"
     overview: int = 64
+    concealment: float = 1e3
     texture: int = 10
     colour_questions: float = 0.75
     shape_questions: float = 0.25
@@ -124,6 +127,7 @@ class VisualSearchConfig:
         check(_MIN_TILE <= low <= high, "tile_size", f"must be increasing, from {_MIN_TILE} up")
         check(high <= largest, "tile_size", f"a cell has room for {largest} pixels")
         check(8 <= self.overview < self.image_size, "overview", "must be 8 to below image_size")
+        check(self.concealment >= 0, "concealment", "must not be negative")
         check(0 <= self.texture <= 40, "texture", "must be 0 to 40")
         check(2 <= self.options <= len(self.glyphs), "options", "must be 2 to the number of glyphs")
         weights = [self.colour_questions, self.shape_questions, self.same_questions]
@@ -305,6 +309,7 @@ class VisualSearch:
             rng.integers(len(bank)), top : top + config.image_size, left : left + config.image_size
         ].copy()
 
+        scale = config.image_size / config.overview
         mottle = mottle_field()
         corners = rng.integers(0, len(mottle) - PLATE_HEIGHT, (len(tiles), 2)).tolist()
         signs = rng.integers(0, 2, len(tiles)).tolist()
@@ -321,7 +326,7 @@ class VisualSearch:
             x, y = _plate_offset(shape, size)
             x, y = left + x, top + y
             jitter_x, jitter_y = glyph_box[0] - x - INSET[0], glyph_box[1] - y - INSET[1]
-            patterns = glyph_patterns(config.glyphs[glyph], config.image_size / config.overview)
+            patterns = glyph_patterns(config.glyphs[glyph], scale, config.concealment)
             plate = PLATE_LEVEL + patterns[1 + jitter_y, 1 + jitter_x]
             noise = mottle[row : row + PLATE_HEIGHT, column : column + PLATE_WIDTH]
             plate = plate + noise if sign else plate - noise

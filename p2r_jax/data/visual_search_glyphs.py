@@ -50,12 +50,7 @@ _PATTERN_LIMIT = 95
 _MOTTLE_LIMIT = 32
 _MOTTLE_SPREAD = 16
 
-# Strength of the wish for dark strokes and of the penalty on what survives shrinking.  Chosen so
-# that even an ideal observer of the overview, who knows every pixel's position and the statistics
-# of the mottle, would be right about 39 % of the time among four options (estimated; a trained
-# network stays at chance, see `visual_search_probe`), while strokes keep most of their contrast.
-_STROKE = 300.0
-_INVISIBILITY = 3e4
+_STROKE = 300.0  # beyond the limit: strokes are pushed to full contrast
 
 
 def glyph_ink(glyph: str) -> np.ndarray:
@@ -66,17 +61,21 @@ def glyph_ink(glyph: str) -> np.ndarray:
 
 
 @functools.cache
-def glyph_patterns(glyph: str, scale: float) -> np.ndarray:
+def glyph_patterns(glyph: str, scale: float, concealment: float = 3e4) -> np.ndarray:
     """What a character adds to its plate: int16 [3, 3, PLATE_HEIGHT, PLATE_WIDTH] grey levels.
 
     Entry [1 + dy, 1 + dx] shows the character (dx, dy) pixels off the plate's centre.  With s the
     strokes and Q the mean energy that a pattern leaves in a picture shrunk by `scale`, it is
 
-        argmin_p |p + 300 s|^2 + 30000 p'Qp   subject to -95 <= p <= 95
+        argmin_p |p + 300 s|^2 + concealment p'Qp   subject to -95 <= p <= 95
 
     Args:
       glyph: one of `CHARACTERS`.
       scale: factor of the shrinking that must hide the character, > 1.
+      concealment: weight of the trace left by shrinking.  0 gives plain dark strokes.  At 30000
+        even an ideal observer, who knows the positions of all pixels and the statistics of the
+        mottle, is right about 40 % of the time among four options (estimated; a trained network
+        stays at chance), and strokes keep most of their contrast.
     """
     strokes = np.zeros((3, 3, PLATE_HEIGHT, PLATE_WIDTH))
     for dy, dx in np.ndindex(3, 3):
@@ -90,7 +89,7 @@ def glyph_patterns(glyph: str, scale: float) -> np.ndarray:
     weight = 0.3
     energy_y, basis_y = np.linalg.eigh(_shrunk_energy(PLATE_HEIGHT, scale))
     energy_x, basis_x = np.linalg.eigh(_shrunk_energy(PLATE_WIDTH, scale))
-    divisor = 1 + weight + _INVISIBILITY * np.outer(energy_y, energy_x)
+    divisor = 1 + weight + concealment * np.outer(energy_y, energy_x)
     clipped, dual = np.zeros_like(target), np.zeros_like(target)
     for _ in range(400):
         pulled = target + weight * (clipped - dual)

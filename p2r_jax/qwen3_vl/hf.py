@@ -230,7 +230,9 @@ def load_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bf
         value = value.astype(jnp.dtype(dtype))
         where = shardings[entry.path].get_value() if mesh is not None else None
         flat[entry.path].set_value(jax.device_put(value, where))
-    return nnx.merge(graph, state)
+    model = nnx.merge(graph, state)
+    model.name_or_path = str(path)
+    return model
 
 
 def save_pretrained(

@@ -23,6 +23,8 @@ class Qwen3VL(nnx.Module):
 
     def __init__(self, config: Qwen3VLConfig, rngs: nnx.Rngs):
         self.config = config
+        self.name_or_path = ""
+        """The folder the weights came from, as in transformers; "" if made from nothing."""
         self.visual = VisionTower(config.vision, rngs)
         self.language_model = TextDecoder(config.text, rngs)
         shape = (config.text.vocab_size, config.text.hidden_size)
@@ -88,7 +90,7 @@ def prompts_from_hf(
 ) -> Prompts:
     """`Prompts` from what a Hugging Face processor returns; left or right padding is kept.
 
-    Raises ValueError if placeholders and images do not match, or on video grids.
+    Raises ValueError if placeholders, grids and patches do not match, or on video grids.
     """
     input_ids, valid = np.asarray(input_ids), np.asarray(attention_mask).astype(bool)
     rows, size = input_ids.shape
@@ -96,6 +98,9 @@ def prompts_from_hf(
     thw = np.zeros((0, 3), int) if image_grid_thw is None else np.asarray(image_grid_thw)
     if (thw[:, 0] != 1).any():
         raise ValueError("image_grid_thw has t > 1: video is not supported")
+    given, wanted = 0 if pixel_values is None else len(pixel_values), int(thw.prod(1).sum())
+    if given != wanted:
+        raise ValueError(f"pixel_values has {given} patches, image_grid_thw asks for {wanted}")
     queue = [(int(h), int(w)) for _, h, w in thw]
     grids: list[list[tuple[int, int]]] = []
     for row in range(rows):

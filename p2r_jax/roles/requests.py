@@ -249,14 +249,3 @@ def _render(
         out_specs=rows,
         check_vma=False,
     )(images, sizes, views, slot, row_col)
-
-
-def to_device_vocabulary(processor: Processor, mesh: Mesh | None = None):
-    """The sampler's `Vocabulary` of a checkpoint."""
-    from p2r_jax.rollout.engine import Vocabulary
-
-    size = processor.config.text.vocab_size
-    stop = np.zeros(size, bool)
-    stop[list(processor.stop_ids)] = True
-    vocabulary = Vocabulary(processor.allowed_tokens(), stop, np.int32(processor.pad_id))
-    return jax.device_put(vocabulary, replicated(mesh) if mesh is not None else None)

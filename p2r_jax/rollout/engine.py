@@ -14,13 +14,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from p2r_jax.ops.attention import attention, causal_mask, decode_attention
 from p2r_jax.ops.log_probs import masked_logits
+from p2r_jax.parallel.mesh import replicated
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import Qwen3VL
+from p2r_jax.qwen3_vl.processor import Processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,15 @@ class Vocabulary:
     stop: Bool[Array, " V"]
     """True for tokens that end a completion; the stop token belongs to the completion."""
     pad: Int[Array, ""]
+
+
+    @classmethod
+    def of(cls, processor: Processor, mesh: Mesh | None = None) -> Vocabulary:
+        """On the device, replicated over `mesh`."""
+        stop = np.zeros(processor.config.text.vocab_size, bool)
+        stop[list(processor.stop_ids)] = True
+        vocabulary = cls(processor.allowed_tokens(), stop, np.int32(processor.pad_id))
+        return jax.device_put(vocabulary, replicated(mesh) if mesh is not None else None)
 
 
 @jax.tree_util.register_dataclass

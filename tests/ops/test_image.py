@@ -171,7 +171,9 @@ def test_any_crop_at_any_size_equals_pillow(data: st.DataObject) -> None:
     result = crop_resize(pixels, np.int32(crop), np.int32([height, width]), canvas=TARGET)
     difference = np.asarray(result)[:height, :width].astype(int)
     difference -= pillow_crop_resize(pixels, crop, (height, width))
-    assert np.abs(difference).max() <= 1  # a mean over a handful of pixels would say nothing
+    # Cubic weights exceed 1 when enlarging: a half that the first pass rounds the other way grows.
+    enlarged = height > bottom - top or width > right - left
+    assert np.abs(difference).max() <= (2 if enlarged else 1)
 
 
 @needs_pillow_13

@@ -167,9 +167,7 @@ class TestTheGateCatches:
             if change_prompts:
                 prompts = change_prompts(prompts)
             run = nnx.jit(lambda model, prompts: model(prompts)) if retrace else forward
-            measured = relative_l2(np.asarray(run(model, prompts))[batch.valid], expected)
-            print("MEASURED", measured)
-            return measured
+            return relative_l2(np.asarray(run(model, prompts))[batch.valid], expected)
 
         assert error() <= LOGITS_GATE
         return error

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2r_jax.rl import rewards
-from p2r_jax.rl.rewards import (
+from p2r_jax.roles import answers as rewards
+from p2r_jax.roles.answers import (
     answer_reward,
     choice_letter,
     choice_reward,

@@ -1,0 +1,233 @@
+"""Every setting of a run, typed and documented. YAML files and `--name value` fill these in.
+
+This module imports nothing of the project, so that every package may read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+from typing import Literal
+
+RoleName = Literal["perceiver", "reasoner", "baseline"]
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Device mesh; the sizes multiply to the number of devices. One of them may be -1."""
+
+    data: int = 1
+    """Copies of the model, each with its share of the prompts."""
+    fsdp: int = -1
+    """Ways parameters and optimizer state are split; prompts are split over these too."""
+    tensor: int = 1
+    """Ways heads, MLP columns and the vocabulary are split."""
+    cpu_devices: int | None = None
+    """On a machine without accelerator: virtual devices to make (XLA uses one core for each)."""
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    path: str = "tiny"
+    """A Hugging Face checkpoint folder, or `tiny`: the checkpoint inside this package."""
+    prompts: str = "default"
+    """Prompt set: the name of a shipped one, or a YAML file."""
+    min_pixels: int | None = None
+    """Per image, crops too; None = what the checkpoint's preprocessor_config.json says."""
+    max_pixels: int | None = None
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of rollouts, the reference and the update's forward and backward pass. The trained weights
+    and the optimizer are float32 always."""
+    remat: bool = True
+    """Recompute activations in the backward pass instead of storing them."""
+
+
+@dataclasses.dataclass
+class BucketConfig:
+    """Padded sizes a run may use, increasing; each one used is compiled once."""
+
+    patches: list[int] = field(default_factory=lambda: [8192, 16384, 32768])
+    prompt_tokens: list[int] = field(default_factory=lambda: [2560, 4608, 8704])
+    canvas: list[int] = field(default_factory=lambda: [2048, 4096, 8192])
+    image: list[int] = field(default_factory=lambda: [2048, 4096, 8192])
+
+
+@dataclasses.dataclass
+class DataConfig:
+    train: str = "visual_search"
+    """`visual_search` (the procedural task) or a .jsonl / .parquet file of rows."""
+    validation: str = "visual_search"
+    max_bad_fraction: float = 0.01
+    """Rows that cannot be read are listed, counted and skipped up to this fraction."""
+
+
+@dataclasses.dataclass
+class PhaseConfig:
+    """One phase: one role learns, the other is frozen at the weights of the phase's start."""
+
+    role: RoleName = "perceiver"
+    steps: int = 156
+    prompts: int = 64
+    """Questions per step."""
+    group: int = 8
+    """Completions per question."""
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    partner_max_new_tokens: int = 2048
+    """The partner decodes greedily."""
+    microbatch: int = 0
+    """Prompts per gradient microbatch; 0 = all at once. The gradient does not depend on it."""
+    anchor_weight: float = 0.0
+    """Role anchor, an addition to the paper: weight of the cross-entropy on the phase snapshot's own
+    greedy outputs for the idle role. 0 = the authors' method."""
+    anchor_prompts: int = 16
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW on float32 weights, reset at each phase start."""
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    final_fraction: float = 1.0
+    """Learning rate at the phase's end relative to its peak; below 1 it decays along a cosine."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    freeze_vision: bool = False
+    """Leave the vision tower as it is (no gradient, no weight decay)."""
+    max_skipped: int = 20
+    """Steps with a non-finite gradient are skipped; more than this many stop the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The authors' objective by default (P2R §2)."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = 3.0
+    kl_weight: float = 0.01
+    """0 skips the reference pass."""
+    kl_kind: Literal["k1", "k2", "k3", "abs"] = "k3"
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    ] = "token-mean"
+    normalize_by_std: bool = True
+    max_dropped_fraction: float = 0.2
+    """A step in which more samples than this could not be graded stops the run."""
+
+
+@dataclasses.dataclass
+class EvalDuringTraining:
+    every: int = 0
+    """Steps between greedy evaluations of the live weights in both roles; 0 = only where a phase
+    begins and ends."""
+    questions: int = 200
+    """Questions of those evaluations."""
+    final_questions: int = 1000
+    """Questions of the evaluations before training and after each phase."""
+    modes: list[str] = field(default_factory=lambda: ["p2r"])
+    final_modes: list[str] = field(
+        default_factory=lambda: ["default", "p2r", "oracle_box", "random_box"]
+    )
+    batch: int = 64
+    """Questions per batch."""
+
+
+@dataclasses.dataclass
+class LogConfig:
+    samples_every: int = 10
+    """Steps between sample files (every completion of some prompts, with pictures)."""
+    sample_prompts: int = 4
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    every: int = 30
+    keep: int = 2
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """A PRA-GRPO run."""
+
+    run: str = "runs/p2r"
+    """Folder of everything the run writes."""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    buckets: BucketConfig = field(default_factory=BucketConfig)
+    phases: list[PhaseConfig] = field(
+        default_factory=lambda: [
+            PhaseConfig(role="perceiver"),
+            PhaseConfig(role="reasoner", max_new_tokens=2048),
+        ]
+    )
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    eval: EvalDuringTraining = field(default_factory=EvalDuringTraining)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: bool = True
+    """Write the final weights in Hugging Face format to RUN/export."""
+
+    def validate(self) -> None:
+        """Raise ValueError naming the first field that cannot work."""
+        if not self.phases:
+            raise ValueError("phases: at least one phase is needed")
+        for i, phase in enumerate(self.phases):
+            for name in ("steps", "prompts", "group", "max_new_tokens", "partner_max_new_tokens"):
+                if getattr(phase, name) < 1:
+                    raise ValueError(f"phases[{i}].{name} must be at least 1")
+            if phase.microbatch and phase.prompts % phase.microbatch:
+                raise ValueError(
+                    f"phases[{i}].prompts = {phase.prompts} must be a multiple of "
+                    f"phases[{i}].microbatch = {phase.microbatch}"
+                )
+            if phase.temperature <= 0:
+                raise ValueError(f"phases[{i}].temperature must be above 0: training samples")
+            if phase.anchor_weight and not 1 <= phase.anchor_prompts <= phase.prompts:
+                raise ValueError(f"phases[{i}].anchor_prompts must be 1 to phases[{i}].prompts")
+            if phase.anchor_weight and phase.role == "baseline":
+                raise ValueError(f"phases[{i}]: the baseline has no idle role to anchor")
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """An evaluation."""
+
+    model: str = "tiny"
+    """A Hugging Face checkpoint folder, a run folder (its export), or `tiny`."""
+    benchmark: str = "visual_search"
+    """`visual_search`, or a .jsonl / .parquet file of rows."""
+    split: Literal["train", "validation", "test"] = "test"
+    modes: list[str] = field(
+        default_factory=lambda: ["default", "p2r", "oracle_box", "random_box"]
+    )
+    """default (direct answer), baseline, p2r, oracle_box (true boxes), random_box."""
+    prompts: str | None = None
+    """Prompt set; None = the model's own (`tiny` for the embedded model, else `default`)."""
+    limit: int = 1000
+    offset: int = 0
+    seed: int = 0
+    batch: int = 64
+    out: str = "runs/eval"
+    """Folder for `eval/<name>.jsonl` (every sample) and `eval/<name>.json` (the summary)."""
+    name: str = "eval"
+    pictures: int = 60
+    """Samples whose picture is saved for the report."""
+    perceiver_max_new_tokens: int = 256
+    reasoner_max_new_tokens: int = 1024
+    direct_max_new_tokens: int = 16
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    buckets: BucketConfig | None = None
+    """None = sizes that fit the model's pixel budget."""

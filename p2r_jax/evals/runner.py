@@ -1,0 +1,211 @@
+"""Evaluation of one set of weights: every question in every mode, greedy.
+
+    default      the direct prompt on the plain image
+    baseline     the single-stage reasoning prompt on the plain image
+    p2r          perceiver, then reasoner with its boxes
+    oracle_box   reasoner with the true boxes
+    random_box   reasoner with boxes of the true size at a random place
+
+Training runs the same code between its phases.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from rich.progress import Progress
+
+from p2r_jax.data.loader import LoadedRow
+from p2r_jax.evals.scoring import box_figures, summarize_modes
+from p2r_jax.roles.answers import answer_reward, choice_letter, extract_answer, has_answer_tag
+from p2r_jax.roles.boxes import Box, parse_response
+from p2r_jax.roles.pipeline import Pipeline
+from p2r_jax.roles.render import crops
+from p2r_jax.roles.requests import ImageStore
+
+MODES = ("default", "baseline", "p2r", "oracle_box", "random_box")
+Record = dict[str, Any]
+
+
+class TokenLimits:
+    """New tokens of each role in an evaluation."""
+
+    def __init__(self, perceiver: int, reasoner: int, direct: int):
+        self.perceiver, self.reasoner, self.direct = perceiver, reasoner, direct
+
+
+def check_modes(modes: Sequence[str]) -> None:
+    """Raise ValueError for an unknown mode."""
+    unknown = [mode for mode in modes if mode not in MODES]
+    if unknown or not modes:
+        raise ValueError(f"unknown evaluation mode(s) {unknown}; choose from {', '.join(MODES)}")
+
+
+def random_boxes(row_id: str, boxes: Sequence[Sequence[float]], seed: int) -> list[Box]:
+    """Boxes of the same sizes at uniformly random places; depends on (row, seed) only."""
+    rng = np.random.default_rng([seed, zlib.crc32(row_id.encode())])
+    out = []
+    for x1, y1, x2, y2 in boxes:
+        width, height = x2 - x1, y2 - y1
+        x, y = rng.uniform(0, 1000 - width), rng.uniform(0, 1000 - height)
+        out.append(Box((x, y, x + width, y + height), "random"))
+    return out
+
+
+def evaluate(
+    pipeline: Pipeline,
+    params: nnx.State,
+    batches: Iterable[list[LoadedRow]],
+    modes: Sequence[str],
+    limits: TokenLimits,
+    *,
+    total: int,
+    seed: int = 0,
+    on_record: Callable[[Record, LoadedRow], None] = lambda record, loaded: None,
+    description: str = "evaluating",
+) -> list[Record]:
+    """One record per question and mode, in the layout that `scoring` and `report` read.
+
+    on_record is called with each record as soon as its batch is done. Modes that need true boxes
+    leave out rows without any.
+    """
+    check_modes(modes)
+    records: list[Record] = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        for batch in batches:
+            images = ImageStore.upload([b.image for b in batch], pipeline.builder.buckets)
+            for mode in modes:
+                for record, loaded in _run_mode(pipeline, params, batch, images, mode, limits, seed):
+                    on_record(record, loaded)
+                    records.append(record)
+            progress.advance(task, len(batch))
+    return records
+
+
+def _run_mode(
+    pipeline: Pipeline,
+    params: nnx.State,
+    batch: list[LoadedRow],
+    images: ImageStore,
+    mode: str,
+    limits: TokenLimits,
+    seed: int,
+) -> list[tuple[Record, LoadedRow]]:
+    chosen = [
+        (i, b)
+        for i, b in enumerate(batch)
+        if mode not in ("oracle_box", "random_box") or b.row.boxes
+    ]
+    if not chosen:
+        return []
+    questions = [(i, b.row.question_with_options, b.row.answer_form) for i, b in chosen]
+    perceived = ["" for _ in chosen]
+    boxes: list[list[Box]] = [[] for _ in chosen]
+    if mode == "default" or mode == "baseline":
+        role = "direct" if mode == "default" else "baseline"
+        requests = [pipeline.builder.plain(role, images, *question) for question in questions]
+        cap = limits.direct if mode == "default" else limits.reasoner
+        answers = pipeline.complete(params, requests, images, cap)
+    else:
+        if mode == "p2r":
+            found = pipeline.perceive(params, images, questions, limits.perceiver)
+            perceived = [text for text, _ in found]
+            boxes = [list(parsed.boxes) for _, parsed in found]
+        elif mode == "oracle_box":
+            boxes = [[Box(tuple(box), "true") for box in b.row.boxes] for _, b in chosen]
+        else:
+            boxes = [random_boxes(b.row.id, b.row.boxes, seed) for _, b in chosen]
+        answers = pipeline.reason(params, images, questions, boxes, limits.reasoner)
+    return [
+        (_record(mode, b, text, own, answer), b)
+        for (_, b), text, own, answer in zip(chosen, perceived, boxes, answers, strict=True)
+    ]
+
+
+def _record(
+    mode: str, loaded: LoadedRow, perceiver_text: str, boxes: list[Box], answer: str
+) -> Record:
+    row = loaded.row
+    height, width = loaded.image.shape[:2]
+    # A direct answer carries no tag; everywhere else an answer outside its tag is wrong.
+    tagged = mode != "default"
+    grade = answer_reward(answer, row.answer, row.answer_form, require_tag=tagged)
+    prediction = extract_answer(answer) if has_answer_tag(answer) or not tagged else None
+    if prediction is not None and row.answer_form == "mca":
+        prediction = choice_letter(prediction) or None
+    corners = [box.bbox_2d for box in boxes]
+    return {
+        "id": row.id,
+        "mode": mode,
+        "category": row.category,
+        "question": row.question,
+        "options": list(row.options),
+        "answer": row.answer,
+        "prediction": prediction,
+        "correct": grade,
+        "perceiver_text": perceiver_text,
+        "parse_ok": parse_response(perceiver_text).well_formed if mode == "p2r" else None,
+        "boxes": [{"bbox_2d": list(b.bbox_2d), "label": b.label} for b in boxes],
+        "true_boxes": [list(box) for box in row.boxes],
+        "reasoner_text": answer,
+        "width": width,
+        "height": height,
+        "image": None,
+        "crops": [],
+    } | (box_figures(corners, row.boxes, width, height) if mode == "p2r" else {})
+
+
+class EvalWriter:
+    """Writes records to RUN/eval/NAME.jsonl as they come, pictures of some, and the summary."""
+
+    def __init__(self, run: Path, name: str, pictures: int):
+        self.folder = run / "eval"
+        self.name = name
+        self.pictures = pictures
+        self.pictured: dict[str, int] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = (self.folder / f"{name}.jsonl").open("w")
+
+    def __call__(self, record: Record, loaded: LoadedRow) -> None:
+        done = self.pictured.get(record["mode"], 0)
+        if done < self.pictures:
+            self.pictured[record["mode"]] = done + 1
+            record |= save_pictures(
+                self.folder.parent, f"eval/images/{record['id'].replace('/', '_')}", record, loaded
+            )
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def finish(self, records: list[Record]) -> dict[str, Any]:
+        """Write and return the summary by mode. Answers that nothing could grade are left out and
+        counted as `ungraded`."""
+        self.file.close()
+        graded = [record for record in records if record["correct"] is not None]
+        summary = summarize_modes(self.name, graded)
+        summary["ungraded"] = len(records) - len(graded)
+        (self.folder / f"{self.name}.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def save_pictures(run: Path, stem: str, record: Record, loaded: LoadedRow) -> Record:
+    """Save the image and the crops of a record's boxes; returns the fields that point to them."""
+    from PIL import Image
+
+    image = run / f"{stem}.jpg"
+    image.parent.mkdir(parents=True, exist_ok=True)
+    if not image.exists():
+        Image.fromarray(loaded.image).save(image, quality=90)
+    boxes = [Box(tuple(b["bbox_2d"]), b["label"]) for b in record["boxes"]]
+    paths = []
+    for i, crop in enumerate(crops(loaded.image, boxes)):
+        path = run / f"{stem}_{record['mode']}_crop{i}.jpg"
+        crop.save(path, quality=90)
+        paths.append(str(path.relative_to(run)))
+    return {"image": str(image.relative_to(run)), "crops": paths}

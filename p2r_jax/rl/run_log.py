@@ -1,0 +1,95 @@
+"""What a run writes for people: metrics.jsonl, TensorBoard, samples with pictures, summary.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from p2r_jax.config import LogConfig
+from p2r_jax.data.loader import LoadedRow
+from p2r_jax.evals.runner import save_pictures
+from p2r_jax.parallel.multihost import is_main
+
+
+class RunLog:
+    """Append-only. Rows of steps that are repeated after a resume replace the old ones."""
+
+    def __init__(self, run: Path, config: LogConfig, start_step: int):
+        self.run, self.config = run, config
+        self.active = is_main()
+        self.metrics_file = run / "metrics.jsonl"
+        self.board: Any = None
+        self.wandb: Any = None
+        if not self.active:
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        self._drop_rows_from(start_step)
+        if config.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step)
+        if config.wandb_project:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ImportError(
+                    "log.wandb_project is set but wandb is not installed: pip install p2r_jax[wandb]"
+                ) from error
+            self.wandb = wandb.init(project=config.wandb_project, dir=str(run), resume="allow")
+
+    def _drop_rows_from(self, step: int) -> None:
+        if not self.metrics_file.exists():
+            return
+        lines = self.metrics_file.read_text().splitlines()
+        kept = [line for line in lines if _step_of(line) < step]
+        temporary = self.metrics_file.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.metrics_file)
+
+    def metrics(self, step: int, where: dict[str, Any], values: dict[str, float]) -> None:
+        """One line: `where` (phase, ...) and flat numbers."""
+        if not self.active:
+            return
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps({"step": step} | where | values) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def samples(
+        self, step: int, samples: list[dict[str, Any]], rows: dict[str, LoadedRow]
+    ) -> None:
+        """samples/step_N.jsonl with one picture (and crops) per prompt; `rows` by id."""
+        if not self.active:
+            return
+        folder = self.run / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"step_{step:06d}.jsonl").open("w") as file:
+            for number, sample in enumerate(samples):
+                stem = f"samples/images/step_{step:06d}_{sample['id'].replace('/', '_')}"
+                record = {
+                    "boxes": sample["labelled_boxes"],
+                    "mode": f"sample{number}",
+                }
+                pictures = save_pictures(self.run, stem, record, rows[sample["id"]])
+                plain = {k: v for k, v in sample.items() if k != "labelled_boxes"}
+                file.write(json.dumps(plain | pictures) + "\n")
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _step_of(line: str) -> float:
+    """Step of a metrics line; a line cut by a crash counts as never written."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

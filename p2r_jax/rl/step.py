@@ -1,0 +1,349 @@
+"""The jitted update: one forward over prompt ++ G completions, loss, gradient, AdamW.
+
+B prompts, G completions a prompt, P prompt tokens, R completion tokens. The prompt (and the images
+in it) is computed once for its G completions; positions restart after the prompt for each of them.
+Gradients equal those of G repeated prompts to rounding. Sums and counts are kept apart until the
+end, so microbatches give the gradient of the whole batch exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from p2r_jax.config import LossConfig, OptimizerConfig
+from p2r_jax.ops.attention import shared_prefix_attention
+from p2r_jax.ops.log_probs import token_log_probs
+from p2r_jax.qwen3_vl.inputs import Prompts
+from p2r_jax.qwen3_vl.model import Qwen3VL
+from p2r_jax.rl.losses import SumCount, aggregate_terms, aggregation_count, kl_estimate
+from p2r_jax.rl.losses import policy_loss_terms as policy_terms
+from p2r_jax.rollout.engine import last_index
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainingBatch:
+    """Prompts, what was sampled from them, and how good it was."""
+
+    prompts: Prompts
+    tokens: Int[Array, "B G R"]
+    mask: Bool[Array, "B G R"]
+    """True on tokens that are trained; all False for filling rows and dropped samples."""
+    sampler_log_probs: Float[Array, "B G R"]
+    advantages: Float[Array, "B G"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AnchorBatch:
+    """The idle role's prompts with the phase snapshot's own greedy outputs."""
+
+    prompts: Prompts
+    tokens: Int[Array, "A 1 R"]
+    mask: Bool[Array, "A 1 R"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    params: nnx.State
+    """float32 weights."""
+    opt_state: Any
+    skipped: Int[Array, ""]
+    """Steps of this phase that were skipped for a non-finite gradient."""
+
+
+def cast(params: Any, dtype: Any) -> Any:
+    """Floating-point leaves in `dtype`."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
+    )
+
+
+def completion_log_probs(
+    model: Qwen3VL,
+    prompts: Prompts,
+    tokens: Int[Array, "B G R"],
+    mask: Bool[Array, "B G R"],
+    allowed: Bool[Array, " V"],
+    temperature: float = 1.0,
+    remat: bool = False,
+) -> tuple[Float[Array, "B G R"], Float[Array, "B G R"]]:
+    """Log-probability of each completion token and entropy of its distribution, float32.
+
+    Equal to running G copies of each prompt, at the cost of one.
+    """
+    rows, group, length = tokens.shape
+    # The last token of a completion predicts nothing that is trained, so it is not fed.
+    fed, fed_mask = tokens[:, :, :-1], mask[:, :, :-1]
+    prompt_x, deepstack = model.embed_prompts(prompts, remat=remat)
+    own_x = model.embed(fed.reshape(rows, -1))
+    x = jnp.concatenate([prompt_x, own_x.astype(prompt_x.dtype)], axis=1)
+    after = prompts.next_position[:, None, None] + jnp.arange(length - 1)
+    after = jnp.broadcast_to(after, (rows, group, length - 1)).reshape(rows, -1)
+    positions = jnp.concatenate(
+        [prompts.positions, jnp.broadcast_to(after, (3, *after.shape))], axis=2
+    )
+    visual_slot = jnp.pad(prompts.visual_slot, ((0, 0), (0, after.shape[1])), constant_values=-1)
+
+    def attend(q, k, v, _):
+        return shared_prefix_attention(q, k, v, prompts.valid, fed_mask), None
+
+    hidden, _ = model.language_model(
+        x, positions, attend, deepstack=deepstack, visual_slot=visual_slot, remat=remat
+    )
+    boundary = hidden[jnp.arange(rows), last_index(prompts.valid)]
+    boundary = jnp.broadcast_to(boundary[:, None, None], (rows, group, 1, hidden.shape[-1]))
+    own = hidden[:, prompts.tokens.shape[1] :].reshape(rows, group, length - 1, -1)
+    predicting = jnp.concatenate([boundary, own], axis=2)
+    log_probs, entropy = token_log_probs(
+        predicting.reshape(-1, hidden.shape[-1]),
+        model.unembedding,
+        tokens.reshape(-1),
+        allowed,
+        temperature,
+    )
+    return log_probs.reshape(tokens.shape), entropy.reshape(tokens.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "temperature"))
+def reference_log_probs(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    batch: TrainingBatch,
+    allowed: Bool[Array, " V"],
+    temperature: float,
+) -> Float[Array, "B G R"]:
+    """Log-probs of the batch's completions under the phase-start snapshot."""
+    model = nnx.merge(graph, params)
+    return completion_log_probs(
+        model, batch.prompts, batch.tokens, batch.mask, allowed, temperature
+    )[0]
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step of the phase: warm-up, then constant or a cosine to its final part."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    after = (
+        optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)
+        if config.final_fraction < 1
+        else optax.constant_schedule(peak)
+    )
+    if not warmup:
+        return after
+    # Step 0 already learns: a first step at rate 0 would waste a whole rollout.
+    rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rising, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW with global-norm clipping; a frozen tower gets no update at all, decay included."""
+    trained = optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        ),
+    )
+    if not config.freeze_vision:
+        return trained
+    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, _vision_labels)
+
+
+def _is_vision(path: tuple[Any, ...]) -> bool:
+    return getattr(path[0], "key", None) == "visual"
+
+
+def _vision_labels(params: nnx.State) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "frozen" if _is_vision(path) else "trained", params
+    )
+
+
+def _split_prompts(tree: Any, parts: int) -> Any:
+    """Leading axis B -> [parts, B / parts]; `Prompts.positions` has its rows on axis 1."""
+
+    def one(path, x):
+        if getattr(path[-1], "name", None) == "positions":
+            shape = (x.shape[0], parts, x.shape[1] // parts, *x.shape[2:])
+            return jnp.moveaxis(x.reshape(shape), 1, 0)
+        return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_loss(
+    params: nnx.State,
+    graph: nnx.GraphDef,
+    batch: TrainingBatch,
+    reference: Float[Array, "B G R"] | None,
+    allowed: Bool[Array, " V"],
+    count: Float[Array, ""],
+    *,
+    loss: LossConfig,
+    temperature: float,
+    horizon: int,
+    freeze_vision: bool,
+    remat: bool,
+    dtype: Any,
+) -> tuple[Float[Array, ""], dict[str, SumCount]]:
+    """Policy loss + KL of (a part of) the batch, divided by the whole batch's `count`."""
+    if freeze_vision:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.lax.stop_gradient(x) if _is_vision(path) else x, params
+        )
+    model = nnx.merge(graph, cast(params, dtype))
+    mask = batch.mask
+    log_probs, entropy = completion_log_probs(
+        model, batch.prompts, batch.tokens, mask, allowed, temperature, remat
+    )
+    # One update per rollout: the policy that sampled is the policy that is trained, and its
+    # probabilities are the trainer's own, not the sampler's.
+    old = jax.lax.stop_gradient(log_probs)
+    terms, stats = policy_terms(
+        log_probs, old, batch.advantages, mask, loss.clip_low, loss.clip_high, loss.dual_clip
+    )
+    policy, _ = aggregate_terms(terms, mask, loss.aggregation, horizon)
+    total = policy / count
+    gap = jnp.where(mask, jnp.abs(old - batch.sampler_log_probs), 0)
+    tokens = mask.sum().astype(jnp.float32)
+    stats |= {
+        "loss/policy": (policy, aggregation_count(mask, loss.aggregation)),
+        "entropy/mean": (jnp.where(mask, entropy, 0).sum(), tokens),
+        "sampler_gap/mean": (gap.sum(), tokens),
+    }
+    if reference is not None:
+        kl = kl_estimate(log_probs, reference, loss.kl_kind, mask)
+        summed, _ = aggregate_terms(kl, mask, loss.aggregation, horizon)
+        total += loss.kl_weight * summed / count
+        stats["kl/mean"] = (jnp.where(mask, kl, 0).sum(), tokens)
+    stats["sampler_gap/max"] = (gap.max(), jnp.ones(()))
+    return total, jax.tree.map(jax.lax.stop_gradient, stats)
+
+
+def anchor_loss(
+    params: nnx.State,
+    graph: nnx.GraphDef,
+    anchor: AnchorBatch,
+    allowed: Bool[Array, " V"],
+    *,
+    freeze_vision: bool,
+    remat: bool,
+    dtype: Any,
+) -> Float[Array, ""]:
+    """Cross-entropy on the snapshot's greedy outputs for the idle role, per token."""
+    if freeze_vision:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.lax.stop_gradient(x) if _is_vision(path) else x, params
+        )
+    model = nnx.merge(graph, cast(params, dtype))
+    log_probs, _ = completion_log_probs(
+        model, anchor.prompts, anchor.tokens, anchor.mask, allowed, 1.0, remat
+    )
+    return -jnp.where(anchor.mask, log_probs, 0).sum() / jnp.maximum(anchor.mask.sum(), 1)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "graph",
+        "optimizer",
+        "loss",
+        "temperature",
+        "horizon",
+        "microbatches",
+        "freeze_vision",
+        "anchor_weight",
+        "remat",
+        "dtype",
+    ),
+    donate_argnames=("state",),
+)
+def train_step(
+    state: TrainState,
+    batch: TrainingBatch,
+    reference: Float[Array, "B G R"] | None,
+    anchor: AnchorBatch | None,
+    allowed: Bool[Array, " V"],
+    *,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss: LossConfig,
+    temperature: float,
+    horizon: int,
+    microbatches: int = 1,
+    freeze_vision: bool = False,
+    anchor_weight: float = 0.0,
+    remat: bool = False,
+    dtype: Any = jnp.float32,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimizer step. Non-finite gradients leave the state as it was and are counted."""
+    count = jnp.maximum(aggregation_count(batch.mask, loss.aggregation), 1.0)
+    shared = {"freeze_vision": freeze_vision, "remat": remat, "dtype": dtype}
+    gradient = jax.value_and_grad(batch_loss, has_aux=True)
+
+    def of_part(part: tuple[TrainingBatch, Any]):
+        rows, ref = part
+        (value, stats), grads = gradient(
+            state.params,
+            graph,
+            rows,
+            ref,
+            allowed,
+            count,
+            loss=loss,
+            temperature=temperature,
+            horizon=horizon,
+            **shared,
+        )
+        return (value, stats), grads
+
+    if microbatches == 1:
+        (value, stats), grads = of_part((batch, reference))
+    else:
+        parts = _split_prompts((batch, reference), microbatches)
+        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def add(total, part):
+            ((old_value, old_stats), old_grads), ((value, stats), grads) = total, of_part(part)
+            merged = jax.tree.map(jnp.add, old_stats, stats)
+            merged["sampler_gap/max"] = (
+                jnp.maximum(old_stats["sampler_gap/max"][0], stats["sampler_gap/max"][0]),
+                jnp.ones(()),
+            )
+            return ((old_value + value, merged), jax.tree.map(jnp.add, old_grads, grads)), None
+
+        ((value, stats), grads), _ = jax.lax.scan(add, zeros, parts)
+
+    metrics = {name: total / jnp.maximum(n, 1) for name, (total, n) in stats.items()}
+    metrics["loss/total"] = value
+    if anchor is not None:
+        idle, anchor_grads = jax.value_and_grad(anchor_loss)(
+            state.params, graph, anchor, allowed, **shared
+        )
+        metrics["loss/anchor"] = idle
+        if anchor_weight:
+            grads = jax.tree.map(lambda g, a: g + anchor_weight * a, grads, anchor_grads)
+    metrics["grad_norm"] = optax.global_norm(grads)
+
+    finite = jnp.isfinite(metrics["grad_norm"])
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    new_state = TrainState(
+        params=keep(optax.apply_updates(state.params, updates), state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + ~finite,
+    )
+    return new_state, metrics

@@ -1,0 +1,221 @@
+"""Both roles of one model: requests in, texts and boxes out.
+
+`Pipeline` is the compiled machinery that training and evaluation share; `perceive_and_reason` is the
+one call for a person with an image and a question.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from PIL import Image
+
+from p2r_jax.parallel.mesh import batch_shards, batch_sharding
+from p2r_jax.parallel.multihost import to_host
+from p2r_jax.qwen3_vl.inputs import Prompts
+from p2r_jax.qwen3_vl.model import Qwen3VL
+from p2r_jax.qwen3_vl.processor import ImageSizes, Processor
+from p2r_jax.roles.answers import extract_answer
+from p2r_jax.roles.boxes import Box, ParsedBoxes, parse_response
+from p2r_jax.roles.evidence import Evidence, gather_evidence
+from p2r_jax.roles.prompts import PromptSet, load_prompt_set
+from p2r_jax.roles.requests import Buckets, ImageStore, Request, RequestBuilder
+from p2r_jax.rollout.engine import Completions, Sampling, Vocabulary, generate
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """A batch of prompts and their completions, on the device, and the texts."""
+
+    prompts: Prompts
+    """B' rows: the requests, filled up to a multiple of the mesh's batch shards."""
+    completions: Completions
+    texts: list[list[str]]
+    """[B][G], without the filling rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Runs requests through the model; shared by training, evaluation and `perceive_and_reason`."""
+
+    graph: nnx.GraphDef
+    builder: RequestBuilder
+    vocabulary: Vocabulary
+    batch_rows: int = 32
+    """Rows of a batch in `complete`; a constant, so that it does not cost compilations."""
+
+    @classmethod
+    def create(
+        cls,
+        graph: nnx.GraphDef,
+        processor: Processor,
+        prompts: PromptSet,
+        buckets: Buckets,
+        mesh: Mesh | None = None,
+        batch_rows: int = 32,
+    ) -> Pipeline:
+        shards = batch_shards(mesh) if mesh is not None else 1
+        batch_rows = -(-batch_rows // shards) * shards
+        builder = RequestBuilder(processor, prompts, buckets, mesh)
+        return cls(graph, builder, Vocabulary.of(processor, mesh), batch_rows)
+
+    def sample(
+        self,
+        params: nnx.State,
+        requests: Sequence[Request],
+        images: ImageStore,
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> Rollout:
+        """G completions of each request in one batch; seeds: one per request."""
+        prompts = self.builder.collate(requests, images)
+        rows = prompts.tokens.shape[0]
+        padded = np.zeros(rows, np.uint32)
+        padded[: len(requests)] = seeds
+        mesh = self.builder.mesh
+        device_seeds = jax.device_put(padded, batch_sharding(mesh) if mesh is not None else None)
+        completions = generate(
+            self.graph, params, prompts, self.vocabulary, device_seeds, sampling
+        )
+        tokens, mask = to_host((completions.tokens, completions.mask))
+        decode = self.builder.processor.decode
+        texts = [
+            [decode(tokens[b, g][mask[b, g]]) for g in range(sampling.group)]
+            for b in range(len(requests))
+        ]
+        return Rollout(prompts, completions, texts)
+
+    def complete(
+        self,
+        params: nnx.State,
+        requests: Sequence[Request],
+        images: ImageStore,
+        max_new_tokens: int,
+    ) -> list[str]:
+        """The greedy completion of each request, in order.
+
+        Equal requests are answered once. Requests of similar size share a batch, so that short
+        prompts do not pay for long ones.
+        """
+        keys = [(r.image, r.views, r.tokens.tobytes()) for r in requests]
+        distinct = dict(zip(keys, requests, strict=True))
+        order = sorted(
+            distinct, key=lambda key: (len(distinct[key].views), len(distinct[key].tokens))
+        )
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
+        answers: dict[Any, str] = {}
+        for start in range(0, len(order), self.batch_rows):
+            part = order[start : start + self.batch_rows]
+            rows = [distinct[key] for key in part]
+            rows += [rows[-1]] * (self.batch_rows - len(rows))
+            texts = self.sample(params, rows, images, sampling, [0] * len(rows)).texts
+            answers |= {key: text[0] for key, text in zip(part, texts, strict=False)}
+        return [answers[key] for key in keys]
+
+    def perceive(
+        self,
+        params: nnx.State,
+        images: ImageStore,
+        questions: Sequence[tuple[int, str, str]],
+        max_new_tokens: int,
+    ) -> list[tuple[str, ParsedBoxes]]:
+        """Greedy perceiver. questions: (image index, question with options, answer form)."""
+        requests = [self.builder.plain("perceiver", images, *question) for question in questions]
+        texts = self.complete(params, requests, images, max_new_tokens)
+        return [(text, parse_response(text)) for text in texts]
+
+    def reason(
+        self,
+        params: nnx.State,
+        images: ImageStore,
+        questions: Sequence[tuple[int, str, str]],
+        boxes: Sequence[Sequence[Box]],
+        max_new_tokens: int,
+    ) -> list[str]:
+        """Greedy reasoner; `boxes` per question, [] for none."""
+        requests = [
+            self.builder.reasoner(images, *question, own)
+            for question, own in zip(questions, boxes, strict=True)
+        ]
+        return self.complete(params, requests, images, max_new_tokens)
+
+
+def default_buckets(sizes: ImageSizes, image_side: int) -> Buckets:
+    """Sizes that hold 1 to 4 images of a pixel budget, whatever their aspect ratio."""
+    longest = sizes.patch * sizes.merge
+    while longest**2 < sizes.max_pixels * 12:  # an outline of aspect ratio 12 still fits
+        longest *= 2
+    side = 1
+    while side < image_side:
+        side *= 2
+    full = sizes.max_patches
+    tokens = full // sizes.merge**2
+    return Buckets(
+        patches=(full, 2 * full, 4 * full),
+        prompt_tokens=tuple(n * tokens + 512 for n in (1, 2, 4)),
+        canvas=(max(longest // 4, sizes.patch * sizes.merge), longest, 4 * longest),
+        image=(side,),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `perceive_and_reason` found."""
+
+    boxes: list[Box]
+    reasoning: str
+    """The reasoner's text up to its answer."""
+    answer: str
+    evidence: Evidence
+    perceiver_text: str
+    reasoner_text: str
+
+
+def perceive_and_reason(
+    model: Qwen3VL,
+    image: np.ndarray | Image.Image,
+    question: str,
+    *,
+    options: Sequence[str] = (),
+    answer_form: str | None = None,
+    processor: Processor | None = None,
+    prompts: PromptSet | str = "default",
+    perceiver_max_new_tokens: int = 256,
+    reasoner_max_new_tokens: int = 1024,
+) -> Result:
+    """Ask one question about one image: perceive, gather evidence, reason (greedy decoding).
+
+    image: uint8 [H, W, 3] or a Pillow image. options: appended as lettered lines. answer_form:
+    `mca`, `na`, `free_form` or an evaluation form of the prompt set; default `mca` with options,
+    else `free_form`. processor: default, the one beside the weights the model was loaded from.
+
+    Raises ValueError if there is no processor, or for images with an aspect ratio above 200.
+    """
+    if processor is None:
+        if not model.name_or_path:
+            raise ValueError("the model was not loaded from a folder: pass processor=")
+        processor = Processor.from_pretrained(model.name_or_path)
+    if isinstance(prompts, str):
+        prompts = load_prompt_set(prompts)
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    lines = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+    asked = (0, "\n".join([question, *lines]), answer_form or ("mca" if options else "free_form"))
+
+    graph, params = nnx.split(model)
+    buckets = default_buckets(processor.sizes, max(pixels.shape[:2]))
+    pipeline = Pipeline.create(graph, processor, prompts, buckets, batch_rows=1)
+    images = ImageStore.upload([pixels], buckets)
+    ((perceiver_text, parsed),) = pipeline.perceive(
+        params, images, [asked], perceiver_max_new_tokens
+    )
+    boxes = list(parsed.boxes)
+    (text,) = pipeline.reason(params, images, [asked], [boxes], reasoner_max_new_tokens)
+    evidence = gather_evidence(*pixels.shape[:2], boxes, processor.sizes)
+    reasoning = text.partition("<answer>")[0].replace("<think>", "").replace("</think>", "")
+    return Result(boxes, reasoning.strip(), extract_answer(text), evidence, perceiver_text, text)

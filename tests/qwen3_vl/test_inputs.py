@@ -1,0 +1,118 @@
+"""Model inputs: padded arrays in which image sizes are data and only budgets are shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from p2r_jax.qwen3_vl import Qwen3VLConfig
+from p2r_jax.qwen3_vl.inputs import patch_layout, token_layout
+from p2r_jax.qwen3_vl.model import prompts_from_hf
+from tests.qwen3_vl.reference import IMAGE, hf_config, make_batch
+
+CONFIG = Qwen3VLConfig.from_hf(hf_config("uneven"))
+
+
+class TestPatchLayout:
+    def test_images_follow_each_other_and_padding_comes_last(self):
+        out = patch_layout([[(2, 4), (4, 2)], [], [(2, 2)]], CONFIG, num_patches=20)
+        assert out["image_id"].tolist() == [
+            [1] * 8 + [2] * 8 + [0] * 4,
+            [0] * 20,
+            [1] * 4 + [0] * 16,
+        ]
+        np.testing.assert_array_equal(out["slot"], out["image_id"] - 1)
+        assert out["row_col"][0, 8:16].max(0).tolist() == [3, 1]
+        assert out["row_col"][0, 16:].tolist() == [[0, 0]] * 4
+
+    def test_padding_reads_no_position_embedding(self):
+        out = patch_layout([[(2, 4)]], CONFIG, num_patches=12)
+        np.testing.assert_allclose(out["pos_weight"][0, :8].sum(-1), 1, atol=1e-6)
+        assert not out["pos_weight"][0, 8:].any()
+
+    def test_a_row_over_budget_names_itself_and_the_remedy(self):
+        with pytest.raises(ValueError, match=r"row 1 has 12 patches.*budget of 8.*max_pixels"):
+            patch_layout([[(2, 4)], [(2, 4), (2, 2)]], CONFIG, num_patches=8)
+
+    def test_a_row_may_fill_its_budget(self):
+        assert patch_layout([[(2, 4)]], CONFIG, num_patches=8)["image_id"].all()
+
+
+class TestTokenLayout:
+    TOKENS = np.array([1, IMAGE, IMAGE, 2, IMAGE, 3])
+    GRIDS = ((2, 4), (2, 2))
+
+    def layout(self, side, num_tokens=8):
+        return token_layout(
+            [self.TOKENS], [self.GRIDS], CONFIG, num_tokens, pad_token_id=9, padding_side=side
+        )
+
+    def test_right_padding(self):
+        out = self.layout("right")
+        assert out["tokens"].tolist() == [[1, IMAGE, IMAGE, 2, IMAGE, 3, 9, 9]]
+        assert out["valid"].tolist() == [[1, 1, 1, 1, 1, 1, 0, 0]]
+        assert out["visual_slot"].tolist() == [[-1, 0, 1, -1, 2, -1, -1, -1]]
+        assert out["positions"][:, 0].tolist() == [
+            [0, 1, 1, 3, 4, 5, 0, 0],
+            [0, 1, 1, 3, 4, 5, 0, 0],
+            [0, 1, 2, 3, 4, 5, 0, 0],
+        ]
+        assert out["next_position"].tolist() == [6]
+
+    def test_left_padding_moves_tokens_and_changes_no_position(self):
+        left, right = self.layout("left"), self.layout("right")
+        for name in ("tokens", "valid", "visual_slot", "positions"):
+            np.testing.assert_array_equal(left[name], np.roll(right[name], 2, axis=-1))
+        assert left["next_position"] == right["next_position"]
+
+    def test_a_prompt_over_budget_is_never_truncated(self):
+        with pytest.raises(ValueError, match=r"row 0 has 6 prompt tokens.*budget of 5.*bucket"):
+            self.layout("right", num_tokens=5)
+
+
+class TestFromProcessorOutputs:
+    BATCH = make_batch([(2, (2, 4), 3), (4, (4, 4), 1)], CONFIG.vision.patch_dim, "left")
+
+    def convert(self, **changes):
+        fields = {
+            "input_ids": self.BATCH.input_ids,
+            "attention_mask": self.BATCH.attention_mask,
+            "pixel_values": self.BATCH.pixel_values,
+            "image_grid_thw": self.BATCH.image_grid_thw,
+        }
+        return prompts_from_hf(CONFIG, **(fields | changes))
+
+    def test_each_row_gets_its_own_pixels(self):
+        patches = self.convert().patches
+        assert patches.pixels.shape == (2, 16, CONFIG.vision.patch_dim)
+        np.testing.assert_array_equal(patches.pixels[0, :8], self.BATCH.pixel_values[:8])
+        np.testing.assert_array_equal(patches.pixels[1], self.BATCH.pixel_values[8:])
+        assert not np.asarray(patches.pixels[0, 8:]).any()
+
+    def test_padding_stays_where_it_was(self):
+        np.testing.assert_array_equal(self.convert().valid, self.BATCH.attention_mask)
+
+    def test_text_alone_has_no_patches(self):
+        batch = make_batch([(4,), (2,)], CONFIG.vision.patch_dim)
+        assert prompts_from_hf(CONFIG, *batch.arguments()).patches is None
+
+    @pytest.mark.parametrize(
+        "grids, message",
+        [
+            ([[1, 2, 4]], "row 1: image placeholders do not match"),
+            ([[1, 2, 4], [1, 4, 6]], "row 1: image placeholders do not match"),
+            ([[1, 2, 4], [1, 4, 4], [1, 2, 2]], "1 image.* no placeholders"),
+            ([[2, 2, 4], [1, 4, 4]], "video"),
+        ],
+    )
+    def test_images_that_do_not_match_the_tokens_are_refused(self, grids, message):
+        thw = np.array(grids)
+        pixels = np.zeros((thw.prod(1).sum(), CONFIG.vision.patch_dim), np.float32)
+        with pytest.raises(ValueError, match=message):
+            self.convert(image_grid_thw=thw, pixel_values=pixels)
+
+    @pytest.mark.parametrize("count", [23, 25])
+    def test_a_wrong_number_of_patches_is_refused(self, count):
+        pixels = np.zeros((count, CONFIG.vision.patch_dim), np.float32)
+        with pytest.raises(ValueError, match=f"{count} patches.*24"):
+            self.convert(pixel_values=pixels)
