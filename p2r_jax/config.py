@@ -78,8 +78,8 @@ class PhaseConfig:
     microbatch: int = 0
     """Prompts per gradient microbatch; 0 = all at once. The gradient does not depend on it."""
     anchor_weight: float = 0.0
-    """Role anchor, an addition to the paper: weight of the cross-entropy on the phase snapshot's own
-    greedy outputs for the idle role. 0 = the authors' method."""
+    """Role anchor, an addition to the paper: weight of the cross-entropy on the phase snapshot's
+    own greedy outputs for the idle role. 0 = the authors' method."""
     anchor_prompts: int = 16
 
 
@@ -207,9 +207,7 @@ class EvalConfig:
     benchmark: str = "visual_search"
     """`visual_search`, or a .jsonl / .parquet file of rows."""
     split: Literal["train", "validation", "test"] = "test"
-    modes: list[str] = field(
-        default_factory=lambda: ["default", "p2r", "oracle_box", "random_box"]
-    )
+    modes: list[str] = field(default_factory=lambda: ["default", "p2r", "oracle_box", "random_box"])
     """default (direct answer), baseline, p2r, oracle_box (true boxes), random_box."""
     prompts: str | None = None
     """Prompt set; None = the model's own (`tiny` for the embedded model, else `default`)."""

@@ -61,7 +61,7 @@ def glyph_ink(glyph: str) -> np.ndarray:
 
 
 @functools.cache
-def glyph_patterns(glyph: str, scale: float, concealment: float = 3e4) -> np.ndarray:
+def glyph_patterns(glyph: str, scale: float, concealment: float) -> np.ndarray:
     """What a character adds to its plate: int16 [3, 3, PLATE_HEIGHT, PLATE_WIDTH] grey levels.
 
     Entry [1 + dy, 1 + dx] shows the character (dx, dy) pixels off the plate's centre.  With s the

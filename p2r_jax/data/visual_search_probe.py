@@ -41,13 +41,13 @@ class Examples:
 
 def run_probe(
     view: View,
-    steps: int = 1500,
+    steps: int = 800,
     n_test: int = 2000,
     seed: int = 0,
     *,
     config: VisualSearchConfig | None = None,
     side: int = 64,
-    train_scenes: int = 8192,
+    train_scenes: int = 6144,
     batch_size: int = 256,
     learning_rate: float = 2e-3,
 ) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def evaluate(
         for batch in batches:
             images = ImageStore.upload([b.image for b in batch], pipeline.builder.buckets)
             for mode in modes:
-                for record, loaded in _run_mode(pipeline, params, batch, images, mode, limits, seed):
+                for record, loaded in _run_mode(
+                    pipeline, params, batch, images, mode, limits, seed
+                ):
                     on_record(record, loaded)
                     records.append(record)
             progress.advance(task, len(batch))

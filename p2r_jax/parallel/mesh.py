@@ -58,23 +58,29 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Mesh axes for one parameter; a dimension that does not divide evenly is replicated."""
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, fsdp: bool = True
+) -> PartitionSpec:
+    """Mesh axes for one parameter; a dimension that does not divide evenly is replicated.
+
+    fsdp: False leaves out the split over `fsdp`, which is how decoding wants its weights.
+    """
     if len(axes) == len(shape) - 1:
         axes = ("layers", *axes)
     names = []
     for axis, size in zip(axes, shape, strict=True):
         name = RULES[axis]
-        names.append(name if name and size % mesh.shape[name] == 0 else None)
+        split = name and (fsdp or name != "fsdp") and size % mesh.shape[name] == 0
+        names.append(name if split else None)
     return PartitionSpec(*names)
 
 
-def parameter_shardings(state: Any, mesh: Mesh) -> Any:
-    """A tree like `state` (nnx variables) whose leaves are `NamedSharding`s."""
+def parameter_shardings(state: Any, mesh: Mesh, fsdp: bool = True) -> Any:
+    """A tree like `state` (nnx variables) of `NamedSharding`s; see `partition_spec`."""
 
     def one(variable: nnx.Variable) -> nnx.Variable:
         axes = variable.get_metadata()["axes"]
-        spec = partition_spec(axes, variable.get_value().shape, mesh)
+        spec = partition_spec(axes, variable.get_value().shape, mesh, fsdp)
         return variable.replace(NamedSharding(mesh, spec))
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -170,7 +170,13 @@ class _Folder:
         for file in files:
             handle = safe_open(file, framework="flax")
             for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                self.where[canonical_name(name)] = (handle, name)
+                canonical = canonical_name(name)
+                if canonical in self.where:
+                    raise ValueError(
+                        f"{file} holds {name}, but {canonical} was read before: the same tensor "
+                        "is there twice (files of two exports in one folder?)"
+                    )
+                self.where[canonical] = (handle, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         handle, own = self.where[name]

@@ -7,6 +7,8 @@ buffer as the scan passes them, so uneven taps cost nothing.
 
 from __future__ import annotations
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,7 +152,7 @@ class VisionTower(nnx.Module):
         # Unrolled: there are three, and a batched matrix product is slower than three plain ones.
         merger_graph, mergers = nnx.split(self.deepstack_mergers)
         deepstack = [
-            nnx.merge(merger_graph, jax.tree.map(lambda leaf: leaf[level], mergers))(taps[level])
+            nnx.merge(merger_graph, jax.tree.map(operator.itemgetter(level), mergers))(taps[level])
             for level in range(levels)
         ]
         return self.merger(x), jnp.stack(deepstack)

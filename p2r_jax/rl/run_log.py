@@ -35,7 +35,7 @@ class RunLog:
                 import wandb
             except ImportError as error:
                 raise ImportError(
-                    "log.wandb_project is set but wandb is not installed: pip install p2r_jax[wandb]"
+                    "log.wandb_project is set but wandb is missing: pip install 'p2r_jax[wandb]'"
                 ) from error
             self.wandb = wandb.init(project=config.wandb_project, dir=str(run), resume="allow")
 
@@ -61,9 +61,7 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
-    def samples(
-        self, step: int, samples: list[dict[str, Any]], rows: dict[str, LoadedRow]
-    ) -> None:
+    def samples(self, step: int, samples: list[dict[str, Any]], rows: dict[str, LoadedRow]) -> None:
         """samples/step_N.jsonl with one picture (and crops) per prompt; `rows` by id."""
         if not self.active:
             return

@@ -1,7 +1,7 @@
 """Both roles of one model: requests in, texts and boxes out.
 
-`Pipeline` is the compiled machinery that training and evaluation share; `perceive_and_reason` is the
-one call for a person with an image and a question.
+`Pipeline` is the compiled machinery that training and evaluation share; `perceive_and_reason` is
+the one call for a person with an image and a question.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from p2r_jax.parallel.mesh import batch_shards, batch_sharding
+from p2r_jax.parallel.mesh import batch_sharding, batch_shards
 from p2r_jax.parallel.multihost import to_host
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import Qwen3VL
@@ -80,9 +80,7 @@ class Pipeline:
         padded[: len(requests)] = seeds
         mesh = self.builder.mesh
         device_seeds = jax.device_put(padded, batch_sharding(mesh) if mesh is not None else None)
-        completions = generate(
-            self.graph, params, prompts, self.vocabulary, device_seeds, sampling
-        )
+        completions = generate(self.graph, params, prompts, self.vocabulary, device_seeds, sampling)
         tokens, mask = to_host((completions.tokens, completions.mask))
         decode = self.builder.processor.decode
         texts = [

@@ -56,7 +56,6 @@ class Vocabulary:
     """True for tokens that end a completion; the stop token belongs to the completion."""
     pad: Int[Array, ""]
 
-
     @classmethod
     def of(cls, processor: Processor, mesh: Mesh | None = None) -> Vocabulary:
         """On the device, replicated over `mesh`."""

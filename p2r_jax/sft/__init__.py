@@ -1,1 +1,1 @@
-"""Making the embedded tiny checkpoint: tokenizer, throw-away vision labels, supervised warm start."""
+"""Making the embedded tiny checkpoint: tokenizer, throw-away labels, supervised warm start."""

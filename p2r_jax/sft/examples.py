@@ -234,7 +234,9 @@ def pack(
         visual.append(np.pad(np.asarray(merged), ((0, 0), (0, pad), (0, 0))))
         deepstack.append(np.pad(np.asarray(taps), ((0, 0), (0, 0), (0, pad), (0, 0))))
     all_examples = [e for e, _ in examples]
-    grids = [[builder.processor.sizes.grid(v.target) for v in e.request.views] for e in all_examples]
+    grids = [
+        [builder.processor.sizes.grid(v.target) for v in e.request.views] for e in all_examples
+    ]
     layout = token_layout(
         [e.tokens for e in all_examples],
         grids,

@@ -31,7 +31,7 @@ from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets, ImageStore, RequestBuilder
-from p2r_jax.sft.examples import Examples, ExampleMaker, box_text, pack, snapped_box
+from p2r_jax.sft.examples import ExampleMaker, Examples, box_text, pack, snapped_box
 from p2r_jax.sft.tiny import build_tokenizer, tiny_config, write_processor_files
 
 
@@ -73,9 +73,7 @@ def corpus(source: VisualSearch, prompts: str = "tiny") -> list[str]:
     words = [*source.config.colours, *SHAPES]
     numbers = range(0, 1001, 50)
     texts += [f"Which character is on the {word} tile?" for word in words]
-    texts += [
-        f"Do the {a} and {b} tiles show the same character?" for a in words for b in words
-    ]
+    texts += [f"Do the {a} and {b} tiles show the same character?" for a in words for b in words]
     texts += [box_text([[n] * 4] * 2, [f"{word} tile"] * 2) for word in words for n in numbers]
     for letter in "ABCDEF":
         texts += [f"Q\n{letter}. {glyph}" for glyph in [*source.config.glyphs, "yes", "no"]]

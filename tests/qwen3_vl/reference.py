@@ -261,9 +261,7 @@ def relative_l2(actual: Any, expected: Any) -> float:
 
 
 @nnx.jit
-def jax_policy_loss(
-    model: Qwen3VL, prompts: Prompts, weights: jax.Array
-) -> tuple[jax.Array, Any]:
+def jax_policy_loss(model: Qwen3VL, prompts: Prompts, weights: jax.Array) -> tuple[jax.Array, Any]:
     """-(sum of weight x log-probability of the next token), and its gradient.
 
     Activations are recomputed in the backward pass, as in training.

@@ -1,0 +1,215 @@
+"""The `p2r` command: train, sft, eval, ask, report, data, prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from p2r_jax.config import EvalConfig, MeshConfig, TrainConfig
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Errors a person can act on are printed as one line; exit code 2."""
+    parser = ArgumentParser(prog="p2r", description="Perceive-to-Reason in JAX")
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, (build, _, help_text) in COMMANDS.items():
+        commands.add_subcommand(name, build(), help=help_text)
+    parsed = parser.parse_args(argv)
+    from p2r_jax.data.rows import RowError
+    from p2r_jax.data.sources import SourceError
+
+    _, run, _ = COMMANDS[parsed.command]
+    try:
+        run(parsed[parsed.command])
+    except (FileNotFoundError, FileExistsError, RowError, SourceError, ValueError) as error:
+        if os.environ.get("P2R_TRACEBACK"):
+            raise
+        print(f"p2r {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# --- train ------------------------------------------------------------------------------------
+
+
+def _train_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    parser.add_class_arguments(TrainConfig, nested_key=None)
+    return parser
+
+
+def _train(args: Namespace) -> None:
+    config = _dataclass_of(_train_parser(), args, TrainConfig)
+    config.validate()
+    start_devices(config.mesh)
+    from p2r_jax.rl.launch import train
+
+    train(config)
+
+
+# --- eval -------------------------------------------------------------------------------------
+
+
+def _eval_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    parser.add_class_arguments(EvalConfig, nested_key=None)
+    return parser
+
+
+def _eval(args: Namespace) -> None:
+    config = _dataclass_of(_eval_parser(), args, EvalConfig)
+    start_devices(config.mesh)
+    from p2r_jax.evals.launch import run_evaluation
+
+    run_evaluation(config)
+
+
+# --- ask --------------------------------------------------------------------------------------
+
+
+def _ask_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("question", type=str, help="the question, in quotes")
+    parser.add_argument("--image", type=str, required=True, help="any file Pillow reads")
+    parser.add_argument("--model", type=str, default="tiny", help="folder, run, or `tiny`")
+    parser.add_argument("--options", type=list[str], default=[], help='e.g. ["red","blue"]')
+    parser.add_argument("--prompts", type=str | None, default=None, help="prompt set")
+    parser.add_argument("--out", type=str, default="p2r_ask.png", help="picture to write")
+    parser.add_argument("--dtype", type=str, default="float32")
+    parser.add_argument("--max_pixels", type=int | None, default=None)
+    return parser
+
+
+def _ask(args: Namespace) -> None:
+    start_devices(MeshConfig())
+    from p2r_jax.evals.launch import ask
+
+    ask(
+        args.model,
+        Path(args.image),
+        args.question,
+        options=args.options,
+        prompts=args.prompts,
+        out=Path(args.out),
+        dtype=args.dtype,
+        max_pixels=args.max_pixels,
+    )
+
+
+# --- report, sft, data, prompts ---------------------------------------------------------------
+
+
+def _report_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("run", type=str, help="run folder")
+    parser.add_argument("--out", type=str | None, default=None, help="default: RUN/report.html")
+    return parser
+
+
+def _report(args: Namespace) -> None:
+    from p2r_jax.evals.report import write_report
+
+    print(write_report(Path(args.run), Path(args.out) if args.out else None))
+
+
+def _sft_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("--out", type=str, required=True, help="checkpoint folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dense_steps", type=int | None, default=None)
+    parser.add_argument("--steps", type=int | None, default=None, help="joint training steps")
+    parser.add_argument(
+        "--tower",
+        type=str | None,
+        default=None,
+        help="skip the dense stage: take the tower of this checkpoint",
+    )
+    parser.add_argument("--cpu_devices", type=int | None, default=None)
+    return parser
+
+
+def _sft(args: Namespace) -> None:
+    start_devices(MeshConfig(cpu_devices=args.cpu_devices))
+    from p2r_jax.sft.launch import make_warm_start
+
+    make_warm_start(
+        Path(args.out),
+        seed=args.seed,
+        dense_steps=args.dense_steps,
+        steps=args.steps,
+        tower=args.tower,
+    )
+
+
+def _prompts_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("file", type=str, help="the authors' evaluation/prompt.py")
+    parser.add_argument("--out", type=str, required=True, help="YAML file to write")
+    parser.add_argument("--newline_after_image", type=bool, default=False)
+    return parser
+
+
+def _prompts(args: Namespace) -> None:
+    from p2r_jax.roles.prompts import import_prompts, write_prompt_set
+
+    write_prompt_set(import_prompts(args.file, args.newline_after_image), args.out)
+    print(f"wrote {args.out}")
+
+
+def _probe_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _probe(args: Namespace) -> None:
+    from p2r_jax.data.visual_search_probe import run_probe
+
+    for view in ("overview", "crop"):
+        result = run_probe(view, steps=args.steps, seed=args.seed)
+        print(view, " ".join(f"{k}={v:.3f}" for k, v in result.items() if isinstance(v, float)))
+
+
+COMMANDS: dict[str, tuple[Any, Any, str]] = {
+    "train": (_train_parser, _train, "PRA-GRPO training"),
+    "eval": (_eval_parser, _eval, "evaluate weights on a benchmark"),
+    "ask": (_ask_parser, _ask, "ask one question about one image"),
+    "report": (_report_parser, _report, "one HTML page of a run"),
+    "sft": (_sft_parser, _sft, "make the embedded tiny checkpoint"),
+    "import-prompts": (_prompts_parser, _prompts, "prompt set from the authors' prompt.py"),
+    "probe": (_probe_parser, _probe, "prove that visual_search needs the crop"),
+}
+
+
+def start_devices(mesh: MeshConfig) -> None:
+    """Make virtual CPU devices if asked for; must run before JAX looks for devices."""
+    import jax
+
+    if mesh.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", mesh.cpu_devices)
+
+
+def _dataclass_of(parser: ArgumentParser, args: Namespace, cls: type) -> Any:
+    """The parsed options as the dataclass they describe."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    init = parser.instantiate_classes(args)
+    return cls(**{name: init[name] for name in names})
+
+
+def dump_config(config: Any, file: Path) -> None:
+    """Write a config dataclass as YAML that `--config` reads back."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

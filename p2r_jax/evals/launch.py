@@ -1,0 +1,113 @@
+"""`p2r eval` and `p2r ask`: from command-line settings to answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+
+from p2r_jax.config import EvalConfig
+from p2r_jax.data.loader import evaluation_batches
+from p2r_jax.data.sources import load_source
+from p2r_jax.evals.runner import EvalWriter, TokenLimits, check_modes, evaluate
+from p2r_jax.evals.scoring import format_table, summary_rows
+from p2r_jax.parallel.mesh import make_mesh
+from p2r_jax.qwen3_vl.hf import load_pretrained
+from p2r_jax.qwen3_vl.locate import default_prompt_set, locate_checkpoint
+from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.roles.pipeline import Pipeline, Result, default_buckets, perceive_and_reason
+from p2r_jax.roles.prompts import load_prompt_set
+from p2r_jax.roles.render import contact_sheet
+from p2r_jax.roles.requests import Buckets
+
+
+def run_evaluation(config: EvalConfig) -> dict[str, Any]:
+    """Evaluate, write OUT/eval/NAME.jsonl and .json, print the table; returns the summary."""
+    console = Console()
+    check_modes(config.modes)
+    folder = locate_checkpoint(config.model)
+    processor = Processor.from_pretrained(folder, config.min_pixels, config.max_pixels)
+    if config.benchmark == "visual_search":
+        source = load_source("visual_search", split=config.split, seed=config.seed)
+        side = source.config.image_size
+    else:
+        source = load_source(config.benchmark)
+        side = 8192
+    buckets = (
+        default_buckets(processor.sizes, side)
+        if config.buckets is None
+        else Buckets(**{k: tuple(v) for k, v in dataclasses.asdict(config.buckets).items()})
+    )
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model = load_pretrained(folder, mesh, config.dtype)
+    graph, params = nnx.split(model, nnx.Param)
+    prompts = load_prompt_set(config.prompts or default_prompt_set(folder))
+    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, config.batch)
+    total = max(0, min(config.limit, len(source) - config.offset))
+    if not total:
+        raise ValueError(f"offset {config.offset} leaves no row of {len(source)}")
+    writer = EvalWriter(Path(config.out), config.name, config.pictures)
+    records = evaluate(
+        pipeline,
+        params,
+        evaluation_batches(source, config.batch, config.limit, config.offset),
+        config.modes,
+        TokenLimits(
+            config.perceiver_max_new_tokens,
+            config.reasoner_max_new_tokens,
+            config.direct_max_new_tokens,
+        ),
+        total=total,
+        seed=config.seed,
+        on_record=writer,
+    )
+    summary = writer.finish(records)
+    console.print(format_table(summary_rows(summary["modes"])), markup=False, highlight=False)
+    console.print(f"wrote {writer.folder / config.name}.jsonl", highlight=False, soft_wrap=True)
+    return summary
+
+
+def ask(
+    model: str,
+    image: Path,
+    question: str,
+    *,
+    options: Sequence[str] = (),
+    prompts: str | None = None,
+    out: Path = Path("p2r_ask.png"),
+    dtype: str = "float32",
+    max_pixels: int | None = None,
+) -> Result:
+    """Answer one question; prints boxes, reasoning and answer, saves the picture to `out`."""
+    folder = locate_checkpoint(model)
+    if not image.is_file():
+        raise FileNotFoundError(f"no image at {image}")
+    try:
+        pixels = np.asarray(Image.open(image).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{image} is not an image that Pillow can read") from error
+    result = perceive_and_reason(
+        load_pretrained(folder, dtype=dtype),
+        pixels,
+        question,
+        options=options,
+        processor=Processor.from_pretrained(folder, max_pixels=max_pixels),
+        prompts=prompts or default_prompt_set(folder),
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    if not result.boxes:
+        console.print("boxes: none, the whole image was used")
+    for box in result.boxes:
+        corners = ", ".join(f"{v:g}" for v in box.bbox_2d)
+        console.print(f"box: [{corners}] {box.label}", markup=False)
+    console.print(f"reasoning: {result.reasoning}", markup=False)
+    console.print(f"answer: {result.answer}", markup=False)
+    contact_sheet(pixels, result.boxes).save(out)
+    console.print(f"picture: {out}")
+    return result

@@ -1,0 +1,27 @@
+"""Which folder a model name means: `tiny`, a checkpoint folder, or a run folder's export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
+
+
+def locate_checkpoint(name: str | Path) -> Path:
+    """Folder with config.json. Raises FileNotFoundError saying what was tried."""
+    if str(name) == "tiny":
+        return TINY
+    for folder in (Path(name), Path(name) / "export"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{name} is neither a Hugging Face checkpoint folder (config.json and safetensors) nor a "
+        "run folder with an export; download weights first, or use `tiny`"
+    )
+
+
+def default_prompt_set(folder: Path) -> str:
+    """The embedded model knows its own wording only."""
+    from p2r_jax.qwen3_vl.config import Qwen3VLConfig
+
+    return "tiny" if Qwen3VLConfig.from_pretrained(folder).text.vocab_size < 4096 else "default"

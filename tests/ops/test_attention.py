@@ -1,0 +1,202 @@
+"""Shared-prefix and decode attention equal plain attention over repeated prompts.
+
+The reference is a loop over heads in float64. Prompts have padding on either side, completions
+have different lengths, and padding anywhere must neither leak nor turn into NaN.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from p2r_jax.ops.attention import (
+    attention,
+    attention_weights,
+    causal_mask,
+    decode_attention,
+    segment_mask,
+    shared_prefix_attention,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+B, G, P, R, HEADS, KV_HEADS, WIDTH = 3, 4, 6, 5, 6, 2, 8
+
+PROMPT_VALID = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+"""Left-padded, right-padded and full."""
+LENGTHS = np.array([[5, 3, 1, 0], [2, 5, 5, 4], [5, 5, 5, 5]])
+COMPLETION_VALID = (np.arange(R) < LENGTHS[..., None]).astype(int)
+
+
+def plain(q, k, v, mask):
+    """One row and head at a time; query head h reads key-value head h // (H / K)."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    repeats = q.shape[2] // k.shape[2]
+    out = np.zeros(q.shape)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            scores = q[b, :, h] @ k[b, :, h // repeats].T / np.sqrt(q.shape[-1])
+            scores = np.where(mask[b], scores, -1e30)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            out[b, :, h] = weights / weights.sum(-1, keepdims=True) @ v[b, :, h // repeats]
+    return out
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def qkv(rows, size):
+    return (
+        random(rows, size, HEADS, WIDTH, seed=1),
+        random(rows, size, KV_HEADS, WIDTH, seed=2),
+        random(rows, size, KV_HEADS, WIDTH, seed=3),
+    )
+
+
+class TestMasks:
+    def test_causal(self):
+        assert causal_mask(jnp.array([[0, 1, 1]])).astype(int).tolist() == [
+            [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
+        ]
+
+    def test_segments(self):
+        assert segment_mask(jnp.array([[1, 1, 2, 0]])).astype(int).tolist() == [
+            [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+        ]
+
+
+class TestPlainAttention:
+    def test_equals_a_loop_over_heads(self):
+        q, k, v = qkv(B, P)
+        mask = np.asarray(causal_mask(jnp.asarray(PROMPT_VALID)))
+        out = np.asarray(attention(q, k, v, mask))
+        np.testing.assert_allclose(out, plain(q, k, v, mask), atol=1e-6)
+
+    def test_key_value_heads_are_repeated_not_tiled(self):
+        """Heads 0, 1, 2 read key-value head 0; tiling would send head 1 to key-value head 1."""
+        q, k, v = qkv(1, P)
+        v[:, :, 0], v[:, :, 1] = 0, 1
+        out = np.asarray(attention(q, k, v, np.ones((1, P, P), bool)))
+        np.testing.assert_allclose(out[0, 0, :, 0], [0, 0, 0, 1, 1, 1], atol=1e-6)
+
+    def test_a_query_without_any_key_is_finite(self):
+        q, k, v = qkv(1, P)
+        out, gradient = jax.value_and_grad(
+            lambda q: attention(q, k, v, jnp.zeros((1, P, P), bool)).sum()
+        )(jnp.asarray(q))
+        assert np.isfinite(out)
+        assert np.isfinite(gradient).all()
+
+    def test_scores_are_float32_and_the_result_has_the_dtype_of_the_values(self):
+        q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(1, P))
+        mask = jnp.ones((1, P, P), bool)
+        assert attention_weights(q, k, mask).dtype == jnp.float32
+        assert attention(q, k, v, mask).dtype == jnp.bfloat16
+
+
+def repeated(x):
+    """[B, P+G*R, ...] -> [B*G, P+R, ...]: each completion behind its own copy of the prompt."""
+    prompt, own = x[:, :P], x[:, P:].reshape(B, G, R, *x.shape[2:])
+    prompt = jnp.repeat(prompt[:, None], G, axis=1)
+    return jnp.concatenate([prompt, own], 2).reshape(B * G, P + R, *x.shape[2:])
+
+
+def repeated_attention(q, k, v):
+    """The completions' part of plain attention over repeated prompts, [B, G, R, H, D]."""
+    valid = np.concatenate([np.repeat(PROMPT_VALID[:, None], G, 1), COMPLETION_VALID], -1)
+    mask = causal_mask(jnp.asarray(valid.reshape(B * G, P + R)))
+    out = attention(*map(repeated, (q, k, v)), mask)
+    return out.reshape(B, G, P + R, HEADS, WIDTH)
+
+
+def shared(q, k, v):
+    return shared_prefix_attention(q, k, v, jnp.array(PROMPT_VALID), jnp.array(COMPLETION_VALID))
+
+
+REAL_PROMPT, REAL_COMPLETION = PROMPT_VALID.astype(bool), COMPLETION_VALID.astype(bool)
+
+
+class TestSharedPrefix:
+    @pytest.fixture(scope="class")
+    def inputs(self):
+        return tuple(map(jnp.asarray, qkv(B, P + G * R)))
+
+    def test_completions_equal_repeated_prompts(self, inputs):
+        out = np.asarray(shared(*inputs))[:, P:].reshape(B, G, R, HEADS, WIDTH)
+        expected = np.asarray(repeated_attention(*inputs))[:, :, P:]
+        np.testing.assert_allclose(out[REAL_COMPLETION], expected[REAL_COMPLETION], atol=1e-6)
+
+    def test_the_prompt_equals_attention_without_completions(self, inputs):
+        out = np.asarray(shared(*inputs))[:, :P]
+        mask = np.asarray(causal_mask(jnp.asarray(PROMPT_VALID)))
+        expected = plain(*(np.asarray(x)[:, :P] for x in inputs), mask)
+        np.testing.assert_allclose(out[REAL_PROMPT], expected[REAL_PROMPT], atol=1e-6)
+
+    def test_gradients_equal_repeated_prompts(self, inputs):
+        """The prompt's share is the sum over its copies; padding receives none."""
+        weights = random(B, G, R, HEADS, WIDTH, seed=4) * COMPLETION_VALID[..., None, None]
+
+        def of_shared(q, k, v):
+            return (shared(q, k, v)[:, P:].reshape(weights.shape) * weights).sum()
+
+        def of_repeated(q, k, v):
+            return (repeated_attention(q, k, v)[:, :, P:] * weights).sum()
+
+        actual = jax.grad(of_shared, argnums=(0, 1, 2))(*inputs)
+        expected = jax.grad(of_repeated, argnums=(0, 1, 2))(*inputs)
+        for ours, reference in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(ours, reference, atol=2e-6)
+        for ours in actual[1:]:
+            assert not np.asarray(ours)[:, :P][~REAL_PROMPT].any()
+
+    def test_a_completion_never_sees_another(self, inputs):
+        q, k, v = inputs
+        second = slice(P + R, P + 2 * R)
+        changed = np.asarray(shared(q, k.at[:, second].add(1), v.at[:, second].add(1)))
+        before = np.asarray(shared(q, k, v))
+        outside = np.r_[0 : P + R, P + 2 * R : P + G * R]
+        np.testing.assert_array_equal(changed[:, outside], before[:, outside])
+
+    def test_padding_is_finite(self, inputs):
+        assert np.isfinite(shared(*inputs)).all()
+
+
+class TestDecode:
+    @pytest.mark.parametrize("step", range(R))
+    def test_each_step_equals_the_whole_sequence(self, step):
+        """What lies in the suffix cache at and after `step` is not yet written, hence garbage."""
+        q, k, v = map(jnp.asarray, qkv(B, P + G * R))
+        expected = np.asarray(shared(q, k, v))[:, P:].reshape(B, G, R, HEADS, WIDTH)[:, :, step]
+        q_own, k_own, v_own = (x[:, P:].reshape(B, G, R, *x.shape[2:]) for x in (q, k, v))
+        out = decode_attention(
+            q_own[:, :, step],
+            k_own[:, :, step],
+            v_own[:, :, step],
+            (k[:, :P], v[:, :P]),
+            (k_own.at[:, :, step:].set(50.0), v_own.at[:, :, step:].set(1e3)),
+            jnp.asarray(PROMPT_VALID),
+            jnp.asarray(step),
+        )
+        real = REAL_COMPLETION[:, :, step]
+        np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=1e-6)
+
+    def test_step_is_data(self):
+        """One compiled program decodes every position."""
+        traces = 0
+
+        @jax.jit
+        def run(step):
+            nonlocal traces
+            traces += 1
+            new = jnp.ones((B, G, KV_HEADS, WIDTH))
+            prefix, suffix = jnp.ones((B, P, KV_HEADS, WIDTH)), jnp.ones((B, G, R, KV_HEADS, WIDTH))
+            q = jnp.ones((B, G, HEADS, WIDTH))
+            valid = jnp.asarray(PROMPT_VALID)
+            return decode_attention(q, new, new, (prefix,) * 2, (suffix,) * 2, valid, step)
+
+        for step in range(3):
+            run(step)
+        assert traces == 1
