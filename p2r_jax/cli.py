@@ -1,4 +1,4 @@
-"""The `p2r` command: train, sft, eval, ask, report, data, prompts."""
+"""The `p2r` command: train, eval, ask, report, and what made the embedded checkpoint."""
 
 from __future__ import annotations
 
@@ -179,6 +179,24 @@ def _probe(args: Namespace) -> None:
         print(view, " ".join(f"{k}={v:.3f}" for k, v in result.items() if isinstance(v, float)))
 
 
+def _scene_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("out", type=str, help="PNG file to write")
+    parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--split", type=str, default="test")
+    return parser
+
+
+def _scene(args: Namespace) -> None:
+    from PIL import Image
+
+    from p2r_jax.data.sources import load_source
+
+    row = load_source("visual_search", split=args.split)[args.index]
+    Image.fromarray(row.load_image()).save(args.out)
+    print(f"{row.question_with_options}\nright answer: {row.answer}\npicture: {args.out}")
+
+
 COMMANDS: dict[str, tuple[Any, Any, str]] = {
     "train": (_train_parser, _train, "PRA-GRPO training"),
     "eval": (_eval_parser, _eval, "evaluate weights on a benchmark"),
@@ -186,6 +204,7 @@ COMMANDS: dict[str, tuple[Any, Any, str]] = {
     "report": (_report_parser, _report, "one HTML page of a run"),
     "sft": (_sft_parser, _sft, "make the embedded tiny checkpoint"),
     "import-prompts": (_prompts_parser, _prompts, "prompt set from the authors' prompt.py"),
+    "scene": (_scene_parser, _scene, "draw a scene of the procedural task and ask about it"),
     "probe": (_probe_parser, _probe, "prove that visual_search needs the crop"),
 }
 

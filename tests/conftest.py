@@ -30,3 +30,19 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory):
+    """Folder of the tiny model's tokenizer, config and processor files; no weights."""
+    from tests.tiny import write_files
+
+    return write_files(tmp_path_factory.mktemp("tiny") / "files")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny_files):
+    """Folder of the tiny model with random weights. Do not change it."""
+    from tests.tiny import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", tiny_files)

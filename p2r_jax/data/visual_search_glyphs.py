@@ -72,10 +72,11 @@ def glyph_patterns(glyph: str, scale: float, concealment: float) -> np.ndarray:
     Args:
       glyph: one of `CHARACTERS`.
       scale: factor of the shrinking that must hide the character, > 1.
-      concealment: weight of the trace left by shrinking.  0 gives plain dark strokes.  At 30000
-        even an ideal observer, who knows the positions of all pixels and the statistics of the
-        mottle, is right about 40 % of the time among four options (estimated; a trained network
-        stays at chance), and strokes keep most of their contrast.
+      concealment: weight of the trace left by shrinking.  0 gives plain dark strokes.  At 1000 a
+        trace of 0.2 grey levels (root mean square) is left under a mottle of 12; an ideal
+        observer, who knows the exact positions of all pixels and the statistics of the mottle,
+        would be right about 72 % of the time among four options, at 30000 about 39 %
+        (estimates).  Trained readers stay at chance at both; see `visual_search_probe`.
     """
     strokes = np.zeros((3, 3, PLATE_HEIGHT, PLATE_WIDTH))
     for dy, dx in np.ndindex(3, 3):

@@ -1,10 +1,19 @@
 """Measures that visual search needs the crop: can a reader that knows where to look read a tile?
 
 The same small convolutional reader is trained twice: on the overview (the whole scene shrunk to
-64 x 64) and on the padded crop around the true box (shrunk to 64 x 64).  It is stronger than any
-model that plays the task can be: it sees a window centred on the character, [16, 16, 3], and is
-told the character's position to a fraction of a pixel, the scale, and the tile's colour, shape and
-size.  If it stays at chance on the overview, the overview does not hold the answer.
+64 x 64) and on the padded crop around the true box (shrunk to 64 x 64).  Its job is far easier
+than that of a model that plays the task: it sees a window centred on the character, [16, 16, 3],
+and is told the character's position to a fraction of a pixel, the scale, and the tile's colour,
+shape and size.
+
+Measured with the defaults (2,000 questions of four options, Wilson 95 % intervals):
+
+    concealment    overview                crop
+    1000           24.1 % (22.2 - 26.0)    100 % (99.8 - 100)
+    0              85.0 % (83.4 - 86.5)    -                     a check that the reader can read
+
+The reader is a network of fixed size, so this bounds what training finds, not what the pixels
+hold: `glyph_patterns` gives an estimate of that.
 
     examples: windows uint8 [N, 16, 16, 3], facts float32 [N, F], glyph int32 [N]
 """
@@ -226,9 +235,8 @@ def train_reader(
 
 def predict(params: dict[str, jax.Array], windows: np.ndarray, facts: np.ndarray) -> np.ndarray:
     """Logits of all characters: float32 [N, classes]."""
-    apply = jax.jit(_apply)
     parts = [
-        np.asarray(apply(params, windows[i : i + 512], facts[i : i + 512]))
+        np.asarray(_jitted_apply(params, windows[i : i + 512], facts[i : i + 512]))
         for i in range(0, len(windows), 512)
     ]
     return np.concatenate(parts)
@@ -288,3 +296,6 @@ def _apply(params: dict[str, jax.Array], windows: jax.Array, facts: jax.Array) -
     x = jnp.concatenate([x.reshape(len(x), -1), facts], axis=-1)
     x = jax.nn.relu(x @ params["dense1"] + params["dense1_bias"])
     return x @ params["dense2"] + params["dense2_bias"]
+
+
+_jitted_apply = jax.jit(_apply)

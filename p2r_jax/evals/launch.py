@@ -14,7 +14,8 @@ from rich.console import Console
 
 from p2r_jax.config import EvalConfig
 from p2r_jax.data.loader import evaluation_batches
-from p2r_jax.data.sources import load_source
+from p2r_jax.data.sources import Source, load_source
+from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.evals.runner import EvalWriter, TokenLimits, check_modes, evaluate
 from p2r_jax.evals.scoring import format_table, summary_rows
 from p2r_jax.parallel.mesh import make_mesh
@@ -33,8 +34,9 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     check_modes(config.modes)
     folder = locate_checkpoint(config.model)
     processor = Processor.from_pretrained(folder, config.min_pixels, config.max_pixels)
+    source: Source
     if config.benchmark == "visual_search":
-        source = load_source("visual_search", split=config.split, seed=config.seed)
+        source = VisualSearch(config.split, config.seed)
         side = source.config.image_size
     else:
         source = load_source(config.benchmark)

@@ -26,6 +26,7 @@ from p2r_jax.evals.scoring import box_figures, summarize_modes
 from p2r_jax.roles.answers import answer_reward, choice_letter, extract_answer, has_answer_tag
 from p2r_jax.roles.boxes import Box, parse_response
 from p2r_jax.roles.pipeline import Pipeline
+from p2r_jax.roles.prompts import Role
 from p2r_jax.roles.render import crops
 from p2r_jax.roles.requests import ImageStore
 
@@ -111,7 +112,7 @@ def _run_mode(
     perceived = ["" for _ in chosen]
     boxes: list[list[Box]] = [[] for _ in chosen]
     if mode == "default" or mode == "baseline":
-        role = "direct" if mode == "default" else "baseline"
+        role: Role = "direct" if mode == "default" else "baseline"
         requests = [pipeline.builder.plain(role, images, *question) for question in questions]
         cap = limits.direct if mode == "default" else limits.reasoner
         answers = pipeline.complete(params, requests, images, cap)
@@ -121,7 +122,7 @@ def _run_mode(
             perceived = [text for text, _ in found]
             boxes = [list(parsed.boxes) for _, parsed in found]
         elif mode == "oracle_box":
-            boxes = [[Box(tuple(box), "true") for box in b.row.boxes] for _, b in chosen]
+            boxes = [[Box(box, "true") for box in b.row.boxes] for _, b in chosen]
         else:
             boxes = [random_boxes(b.row.id, b.row.boxes, seed) for _, b in chosen]
         answers = pipeline.reason(params, images, questions, boxes, limits.reasoner)

@@ -83,7 +83,7 @@ def shared_prefix_attention(
     # [B, K, g, G*R, P]: the group is folded into the query dimension.
     to_prompt = _scores(q[:, prompt:], k[:, :prompt])
     to_prompt = jnp.where(prompt_valid.astype(bool)[:, None, None, None, :], to_prompt, MASKED)
-    to_prompt = to_prompt.reshape(rows, kv_heads, -1, group, length, prompt)
+    to_prompt = to_prompt.reshape(rows, kv_heads, heads // kv_heads, group, length, prompt)
     to_prompt = jnp.moveaxis(to_prompt, 3, 1)
     to_own = _scores(q_own, k_own)
     own_mask = causal_mask(completion_valid.reshape(rows * group, length))
@@ -92,7 +92,7 @@ def shared_prefix_attention(
 
     weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], -1), axis=-1)
     at_prompt = jnp.moveaxis(weights[..., :prompt], 1, 3)
-    at_prompt = at_prompt.reshape(rows, kv_heads, -1, group * length, prompt)
+    at_prompt = at_prompt.reshape(rows, kv_heads, heads // kv_heads, group * length, prompt)
     out = _weighted(at_prompt, v[:, :prompt])
     out += _weighted(weights[..., prompt:], v_own).reshape(out.shape)
     return jnp.concatenate([from_prompt, out], axis=1)

@@ -289,7 +289,7 @@ def _write(model: Qwen3VL, folder: Path, dtype: Any, max_shard_bytes: int) -> No
             shards[-1][name] = tensor
             size += tensor.nbytes
             total += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = (
             "model.safetensors"

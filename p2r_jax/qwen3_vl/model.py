@@ -44,6 +44,7 @@ class Qwen3VL(nnx.Module):
         x = self.language_model.embed_tokens[...][tokens]
         if visual is None:
             return x
+        assert visual_slot is not None
         gathered = jnp.take_along_axis(visual, jnp.maximum(visual_slot, 0)[..., None], axis=1)
         return jnp.where(visual_slot[..., None] >= 0, gathered.astype(x.dtype), x)
 

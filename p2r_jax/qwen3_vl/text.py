@@ -108,6 +108,8 @@ class TextDecoder(nnx.Module):
         graph, state = nnx.split(self.layers)
 
         def add_level(x, index):
+            assert deepstack is not None
+            assert visual_slot is not None
             gathered = jnp.take_along_axis(
                 jax.lax.dynamic_index_in_dim(deepstack, index, keepdims=False),
                 jnp.maximum(visual_slot, 0)[..., None],

@@ -8,16 +8,17 @@ from __future__ import annotations
 from typing import Literal
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 EPSILON = 1e-6
 
 
 def group_advantages(
-    rewards: Float[Array, "B G"],
+    rewards: Float[ArrayLike, "B G"],
     normalize_by_std: bool = True,
     *,
-    valid: Bool[Array, "B G"] | None = None,
+    valid: Bool[ArrayLike, "B G"] | None = None,
     std_over: Literal["group", "batch"] = "group",
 ) -> Float[Array, "B G"]:
     """Rewards relative to their group: (r − mean) / (std + 1e-6), P2R §2.
@@ -61,7 +62,7 @@ def group_advantages(
 
 
 def zero_variance_groups(
-    rewards: Float[Array, "B G"], valid: Bool[Array, "B G"] | None = None
+    rewards: Float[ArrayLike, "B G"], valid: Bool[ArrayLike, "B G"] | None = None
 ) -> Bool[Array, " B"]:
     """Groups whose valid rewards all agree, and which therefore teach nothing."""
     rewards = jnp.asarray(rewards, jnp.float32)
@@ -71,7 +72,7 @@ def zero_variance_groups(
     return lowest >= highest
 
 
-def _as_valid(rewards: Array, valid: Array | None) -> Array:
+def _as_valid(rewards: Array, valid: ArrayLike | None) -> Array:
     if valid is None:
         return jnp.ones(rewards.shape, bool)
     return jnp.asarray(valid, bool)

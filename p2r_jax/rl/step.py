@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from p2r_jax.config import LossConfig, OptimizerConfig
@@ -61,6 +62,40 @@ class TrainState:
     """Steps of this phase that were skipped for a non-finite gradient."""
 
 
+def new_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state a phase starts with: a fresh optimizer, laid out over devices like the weights."""
+    # Not under jit, where zeros depend on nothing and all moments would land on one device.
+    opt_state, skipped = optimizer.init(params), jnp.zeros((), jnp.int32)
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        opt_state, skipped = jax.tree.map(
+            lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere),
+            (opt_state, skipped),
+        )
+    return TrainState(params, opt_state, skipped)
+
+
+Layout = tuple[NamedSharding | None, ...]
+
+
+def layout_of(state: TrainState) -> Layout:
+    """Where each leaf of a state lives, for `train_step`; None where there is no mesh."""
+    return tuple(
+        x.sharding if isinstance(x.sharding, NamedSharding) else None
+        for x in jax.tree.leaves(state)
+    )
+
+
+def _keep_layout(state: TrainState, layout: Layout) -> TrainState:
+    leaves, structure = jax.tree.flatten(state)
+    pinned = [
+        x if where is None else jax.lax.with_sharding_constraint(x, where)
+        for x, where in zip(leaves, layout, strict=True)
+    ]
+    return jax.tree.unflatten(structure, pinned)
+
+
 def cast(params: Any, dtype: Any) -> Any:
     """Floating-point leaves in `dtype`."""
     return jax.tree.map(
@@ -102,7 +137,8 @@ def completion_log_probs(
     )
     boundary = hidden[jnp.arange(rows), last_index(prompts.valid)]
     boundary = jnp.broadcast_to(boundary[:, None, None], (rows, group, 1, hidden.shape[-1]))
-    own = hidden[:, prompts.tokens.shape[1] :].reshape(rows, group, length - 1, -1)
+    own = hidden[:, prompts.tokens.shape[1] :]
+    own = own.reshape(rows, group, length - 1, hidden.shape[-1])
     predicting = jnp.concatenate([boundary, own], axis=2)
     log_probs, entropy = token_log_probs(
         predicting.reshape(-1, hidden.shape[-1]),
@@ -267,6 +303,7 @@ def anchor_loss(
         "anchor_weight",
         "remat",
         "dtype",
+        "layout",
     ),
     donate_argnames=("state",),
 )
@@ -287,8 +324,13 @@ def train_step(
     anchor_weight: float = 0.0,
     remat: bool = False,
     dtype: Any = jnp.float32,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimizer step. Non-finite gradients leave the state as it was and are counted."""
+    """One optimizer step. Non-finite gradients leave the state as it was and are counted.
+
+    layout: of `state`, see `layout_of`; the new state then lives where the old one did. Left to
+    the compiler it may move, and the next step would be compiled again.
+    """
     count = jnp.maximum(aggregation_count(batch.mask, loss.aggregation), 1.0)
     shared = {"freeze_vision": freeze_vision, "remat": remat, "dtype": dtype}
     gradient = jax.value_and_grad(batch_loss, has_aux=True)
@@ -341,9 +383,11 @@ def train_step(
     finite = jnp.isfinite(metrics["grad_norm"])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    new_state = TrainState(
+    after = TrainState(
         params=keep(optax.apply_updates(state.params, updates), state.params),
         opt_state=keep(opt_state, state.opt_state),
         skipped=state.skipped + ~finite,
     )
-    return new_state, metrics
+    if layout is not None:
+        after = _keep_layout(after, layout)
+    return after, metrics

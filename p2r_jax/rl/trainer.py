@@ -48,8 +48,10 @@ from p2r_jax.rl.step import (
     TrainingBatch,
     TrainState,
     cast,
+    layout_of,
     make_optimizer,
     make_schedule,
+    new_state,
     reference_log_probs,
     train_step,
 )
@@ -172,9 +174,7 @@ class Trainer:
     def _start_phase(self, params: nnx.State, phase: int) -> tuple[TrainState, nnx.State]:
         """Phase-start snapshot (partner and KL reference) and a fresh optimizer."""
         optimizer = make_optimizer(self.config.optimizer, self.config.phases[phase].steps)
-        opt_state = jax.jit(optimizer.init)(params)
-        state = TrainState(params, opt_state, jnp.zeros((), jnp.int32))
-        return state, self._to_snapshot(params)
+        return new_state(params, optimizer), self._to_snapshot(params)
 
     def _step(
         self,
@@ -223,6 +223,7 @@ class Trainer:
                 anchor_weight=phase.anchor_weight,
                 remat=self.config.model.remat,
                 dtype=self.dtype,
+                layout=layout_of(state),
             )
             scalars = {name: float(value) for name, value in to_host(scalars).items()}
         self._stop_if_broken(int(state.skipped))
@@ -573,7 +574,8 @@ class _Clock:
     """Wall seconds by stage of one step, added up over the run in `totals`."""
 
     def __init__(self, totals: dict[str, float]):
-        self.totals, self.seconds = totals, collections.defaultdict(float)
+        self.totals = totals
+        self.seconds: dict[str, float] = collections.defaultdict(float)
 
     @contextmanager
     def __call__(self, name: str):

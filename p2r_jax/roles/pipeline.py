@@ -71,7 +71,7 @@ class Pipeline:
         requests: Sequence[Request],
         images: ImageStore,
         sampling: Sampling,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | np.ndarray,
     ) -> Rollout:
         """G completions of each request in one batch; seeds: one per request."""
         prompts = self.builder.collate(requests, images)
@@ -156,7 +156,7 @@ def default_buckets(sizes: ImageSizes, image_side: int) -> Buckets:
     tokens = full // sizes.merge**2
     return Buckets(
         patches=(full, 2 * full, 4 * full),
-        prompt_tokens=tuple(n * tokens + 512 for n in (1, 2, 4)),
+        prompt_tokens=tuple(sorted(n * tokens + text for n in (1, 2, 4) for text in (56, 512))),
         canvas=(max(longest // 4, sizes.patch * sizes.merge), longest, 4 * longest),
         image=(side,),
     )
@@ -214,6 +214,7 @@ def perceive_and_reason(
     )
     boxes = list(parsed.boxes)
     (text,) = pipeline.reason(params, images, [asked], [boxes], reasoner_max_new_tokens)
-    evidence = gather_evidence(*pixels.shape[:2], boxes, processor.sizes)
+    height, width = pixels.shape[:2]
+    evidence = gather_evidence(height, width, boxes, processor.sizes)
     reasoning = text.partition("<answer>")[0].replace("<think>", "").replace("</think>", "")
     return Result(boxes, reasoning.strip(), extract_answer(text), evidence, perceiver_text, text)

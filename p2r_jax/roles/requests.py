@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -196,7 +197,7 @@ def _stack_views(requests: Sequence[Request]) -> Views:
     drawn = max(len(v.outlines) for r in requests for v in r.views)
     outlines = max(4, 1 << max(drawn - 1, 0).bit_length())
     shape = (len(requests), slots)
-    out = {
+    out: dict[str, Any] = {
         "image_index": np.zeros(shape, np.int32),
         "crop": np.zeros((*shape, 4), np.int32),
         "target": np.zeros((*shape, 2), np.int32),

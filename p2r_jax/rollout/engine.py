@@ -61,8 +61,8 @@ class Vocabulary:
         """On the device, replicated over `mesh`."""
         stop = np.zeros(processor.config.text.vocab_size, bool)
         stop[list(processor.stop_ids)] = True
-        vocabulary = cls(processor.allowed_tokens(), stop, np.int32(processor.pad_id))
-        return jax.device_put(vocabulary, replicated(mesh) if mesh is not None else None)
+        values = (processor.allowed_tokens(), stop, np.int32(processor.pad_id))
+        return cls(*jax.device_put(values, replicated(mesh) if mesh is not None else None))
 
 
 @jax.tree_util.register_dataclass
@@ -129,11 +129,11 @@ def decode_step(
     hidden, new = model.language_model(
         model.embed(tokens), positions, attend, (prefix.keys, prefix.values, *suffix)
     )
-    suffix = tuple(
+    grown = tuple(
         jax.lax.dynamic_update_slice_in_dim(cache, update[:, :, :, None], step, axis=3)
         for cache, update in zip(suffix, new, strict=True)
     )
-    return hidden, suffix
+    return hidden, grown
 
 
 def _sample(

@@ -97,8 +97,8 @@ def build_pool(source: VisualSearch, config: DenseConfig, processor: ImageSizes)
             window = np.clip(np.concatenate([centre - half, centre + half]), 0, size)
             left, top, right, bottom = (int(v) for v in window)
         height, width = processor.target_size(bottom - top, right - left)
-        crop = Image.fromarray(image[top:bottom, left:right])
-        crop = np.asarray(crop.resize((width, height), Image.Resampling.BICUBIC))
+        window_image = Image.fromarray(image[top:bottom, left:right])
+        crop = np.asarray(window_image.resize((width, height), Image.Resampling.BICUBIC))
         grid = (height // processor.patch, width // processor.patch)
         pool.grids.append(grid)
         where = patch_coordinates(grid, processor.merge)
@@ -178,7 +178,7 @@ def dense_loss(
 def pool_patches(pool: Pool, pick: np.ndarray, config: Qwen3VLConfig) -> Patches:
     """One window a row, normalised as `ops.image.patchify` does."""
     vision = config.vision
-    layout = patch_layout([[pool.grids[i]] for i in pick], config, pool.pixels.shape[1])
+    layout: dict[str, Any] = patch_layout([[pool.grids[i]] for i in pick], config, pool.pixels.shape[1])
     del layout["slot"]
     x = pool.pixels[pick].astype(np.float32) / np.float32(127.5) - 1
     x = x.reshape(*x.shape[:2], 3, 1, -1).repeat(vision.temporal_patch_size, axis=3)

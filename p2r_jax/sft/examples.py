@@ -214,11 +214,11 @@ def pack(
     examples: Sequence[tuple[Example, ImageStore]],
     model: Qwen3VL,
     builder: RequestBuilder,
-    num_tokens: int,
     num_visual: int,
     batch: int,
 ) -> Examples:
     """Run the tower over all examples (which come in runs of `batch` per image store)."""
+    num_tokens = -(-max(len(e.tokens) for e, _ in examples) // 8) * 8
     graph, params = nnx.split(model.visual)
 
     @jax.jit
@@ -228,11 +228,17 @@ def pack(
     visual, deepstack = [], []
     for begin in track(range(0, len(examples), batch), description="running the tower"):
         part = examples[begin : begin + batch]
-        prompts = builder.collate([e.request for e, _ in part], part[0][1])
-        merged, taps = tower(params, prompts.patches)
+        # Questions about one image share its views: the tower sees each set of views once.
+        keys = [(e.request.image, e.request.views) for e, _ in part]
+        distinct = {key: e.request for key, (e, _) in zip(keys, part, strict=True)}
+        place = {key: i for i, key in enumerate(distinct)}
+        requests = list(distinct.values())
+        requests += [requests[-1]] * (-len(requests) % 16)
+        merged, taps = tower(params, builder.collate(requests, part[0][1]).patches)
+        pick = [place[key] for key in keys]
         pad = num_visual - merged.shape[1]
-        visual.append(np.pad(np.asarray(merged), ((0, 0), (0, pad), (0, 0))))
-        deepstack.append(np.pad(np.asarray(taps), ((0, 0), (0, 0), (0, pad), (0, 0))))
+        visual.append(np.pad(np.asarray(merged)[pick], ((0, 0), (0, pad), (0, 0))))
+        deepstack.append(np.pad(np.asarray(taps)[:, pick], ((0, 0), (0, 0), (0, pad), (0, 0))))
     all_examples = [e for e, _ in examples]
     grids = [
         [builder.processor.sizes.grid(v.target) for v in e.request.views] for e in all_examples

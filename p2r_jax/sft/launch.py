@@ -18,7 +18,7 @@ from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import RequestBuilder
 from p2r_jax.sft.dense import DenseConfig, train_tower
-from p2r_jax.sft.warm_start import BUCKETS, WarmStartConfig, train_roles, write_tiny_files
+from p2r_jax.sft.warm_start import BUCKETS, WarmStartConfig, make_pool, train_roles, write_tiny_files
 
 
 def make_warm_start(
@@ -50,9 +50,9 @@ def make_warm_start(
     size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
     console.print(f"{size:,} parameters, {len(processor.tokenizer)} tokens")
     times = {}
+    mesh = make_mesh(data=-1, fsdp=1)
     begin = time.perf_counter()
     if tower is None:
-        mesh = make_mesh(data=-1, fsdp=1)
         for row in train_tower(
             model.visual, processor.config, processor.sizes, source, dense, mesh
         ):
@@ -63,9 +63,11 @@ def make_warm_start(
     times["dense_seconds"] = round(time.perf_counter() - begin, 1)
     begin = time.perf_counter()
     builder = RequestBuilder(processor, load_prompt_set("tiny"), BUCKETS)
-    for row in train_roles(model, builder, source, joint):
+    pools = make_pool(model, builder, source, joint)
+    for row in train_roles(model, pools, joint, mesh):
         console.print("roles " + _line(row))
     times["joint_seconds"] = round(time.perf_counter() - begin, 1)
+    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
     save_pretrained(model, out, files_from=files, dtype="float32")
     for file in files.iterdir():
         file.unlink()

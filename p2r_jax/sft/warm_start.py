@@ -13,6 +13,7 @@ None of this is part of Perceive-to-Reason; it stands in for a pretrained Qwen3-
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.progress import track
 
 from p2r_jax.data.visual_search import SHAPES, VisualSearch
 from p2r_jax.ops.attention import attention_weights, causal_mask
+from p2r_jax.parallel.mesh import batch_sharding, replicated
 from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.boxes import Box
@@ -54,7 +57,6 @@ class WarmStartConfig:
 BUCKETS = Buckets(
     patches=(80, 160, 320), prompt_tokens=(64, 96, 128, 160), canvas=(96, 448), image=(384,)
 )
-TOKENS, VISUAL = 128, 40
 
 
 def corpus(source: VisualSearch, prompts: str = "tiny") -> list[str]:
@@ -103,14 +105,15 @@ def make_pool(
                 for word, tile in zip(question.words, question.tiles, strict=True):
                     true = source.tile_box(scene.tiles[tile])
                     box = snapped_box(true, rng, jitter=rng.choice([0.0, 0.8]))
-                    boxes.append(Box(tuple(map(float, box)), f"{word} tile"))
+                    x1, y1, x2, y2 = map(float, box)
+                    boxes.append(Box((x1, y1, x2, y2), f"{word} tile"))
                 if rng.random() < 0.04:
                     reasoner.append((maker.whole(images, i, scene, question), images))
                 else:
                     reasoner.append((maker.reasoner(images, i, scene, question, boxes), images))
     return (
-        pack(perceiver, model, builder, TOKENS, VISUAL, group * 4),
-        pack(reasoner, model, builder, TOKENS, VISUAL, group * 2),
+        pack(perceiver, model, builder, 20, group * 4),
+        pack(reasoner, model, builder, 40, group * 2),
     )
 
 
@@ -149,51 +152,62 @@ def loss_terms(model: Qwen3VL, batch: dict[str, jax.Array]) -> dict[str, jax.Arr
 
 
 def train_roles(
-    model: Qwen3VL, builder: RequestBuilder, source: VisualSearch, config: WarmStartConfig
+    model: Qwen3VL,
+    pools: tuple[Examples, Examples],
+    config: WarmStartConfig,
+    mesh: Mesh,
 ) -> Iterator[dict[str, float]]:
     """Train the language model in place (the tower stays as it is); yields metrics."""
-    perceiver, reasoner = make_pool(model, builder, source, config)
+    perceiver, reasoner = pools
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, 30, config.steps, config.learning_rate / 10
     )
-    trained = nnx.Dict(text=model.language_model)
-    optimizer = nnx.Optimizer(
-        trained, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)), wrt=nnx.Param
-    )
-    tower_graph, tower = nnx.split(model.visual)
-    del tower_graph, tower
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    graph, text, rest = nnx.split(model, nnx.PathContains("language_model"), ...)
+    text, rest = jax.device_put((text, rest), replicated(mesh))
+    opt_state = optimizer.init(text)
 
-    @nnx.jit
-    def step(model, optimizer, perceiver, reasoner):
+    @jax.jit
+    def step(text, opt_state, perceiver, reasoner):
         def loss(text):
-            model.language_model = text["text"]
-            p, r = loss_terms(model, perceiver), loss_terms(model, reasoner)
+            both = nnx.merge(graph, text, rest)
+            p, r = loss_terms(both, perceiver), loss_terms(both, reasoner)
             total = p["loss"] + r["loss"] + config.link_weight * (p["link"] + r["link"])
             metrics = {f"perceiver/{k}": v for k, v in p.items()}
             return total, metrics | {f"reasoner/{k}": v for k, v in r.items()}
 
-        text = nnx.Dict(text=model.language_model)
-        (_, metrics), grads = nnx.value_and_grad(loss, has_aux=True)(text)
-        optimizer.update(text, grads)
-        model.language_model = text["text"]
-        return metrics
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(text)
+        updates, opt_state = optimizer.update(grads, opt_state, text)
+        return optax.apply_updates(text, updates), opt_state, metrics
 
     rng = np.random.default_rng(config.seed + 1)
     for i in range(config.steps):
-        metrics = step(
-            model,
-            optimizer,
-            perceiver.take(rng.integers(0, len(perceiver), config.perceiver_batch)),
-            reasoner.take(rng.integers(0, len(reasoner), config.reasoner_batch)),
-        )
+        batches = [
+            _place(pool.take(rng.integers(0, len(pool), size)), mesh)
+            for pool, size in (
+                (perceiver, config.perceiver_batch),
+                (reasoner, config.reasoner_batch),
+            )
+        ]
+        text, opt_state, metrics = step(text, opt_state, *batches)
         if i % 10 == 9:
+            nnx.update(model, text)
             yield {"step": i + 1} | {k: float(v) for k, v in metrics.items()}
+    nnx.update(model, text)
+
+
+def _place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Each device its share of the examples."""
+    rows = batch_sharding(mesh)
+    by_axis = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
+    return {
+        name: jax.device_put(value, by_axis if name in ("positions", "deepstack") else rows)
+        for name, value in batch.items()
+    }
 
 
 def write_tiny_files(source: VisualSearch, folder: Path) -> Processor:
     """Config, tokenizer and processor files of the tiny model (no weights)."""
-    import json
-
     tokenizer = build_tokenizer(corpus(source))
     config = tiny_config(tokenizer.get_vocab_size())
     write_processor_files(tokenizer, config, folder)

@@ -1,0 +1,46 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later: each makes .venv and installs
+# what it uses.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# XLA on CPU allocates its large temporaries anew for every call. With huge pages (Linux, glibc)
+# these allocations are cheaper: measured, a training step takes 30 % less time. Ignored elsewhere.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
+.PHONY: demo test lint clean help
+
+help:
+	@echo "make demo    train the embedded tiny model, evaluate before and after (no torch)"
+	@echo "make test    lint, types and the whole test suite"
+	@echo "make lint    lint and types only"
+	@echo "make clean   remove .venv and caches; runs/ stays"
+
+demo: .venv/.installed-demo
+	@if [ -e runs/demo ]; then echo "removing the earlier runs/demo"; rm -rf runs/demo; fi
+	$(BIN)/p2r train --config configs/tiny.yaml
+
+test: lint
+	$(BIN)/pytest -n 2 --dist loadscope
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "p2r_jax needs Python 3.11 or later; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed-demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+.venv/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@

@@ -1,0 +1,89 @@
+"""Batches depend on (seed, number of the batch) only."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from p2r_jax.data.loader import evaluation_batches, training_batches
+from p2r_jax.data.rows import Row, RowError
+
+
+class Rows:
+    """`count` rows whose image says which they are."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Row:
+        image = np.full((2, 2, 3), index, np.uint8)
+        return Row(str(index), "which?", "A", "mca", ("a", "b"), image_source=image)
+
+
+def ids(batches, count: int) -> list[list[int]]:
+    return [[int(b.row.id) for b in batch] for batch in itertools.islice(batches, count)]
+
+
+def test_an_epoch_shows_every_row_once_but_for_the_last_partial_batch():
+    batches = ids(training_batches(Rows(10), 3, seed=0), 3)
+    seen = [*itertools.chain(*batches)]
+    assert all(len(batch) == 3 for batch in batches)
+    assert len(set(seen)) == 9
+
+
+def test_images_are_decoded_and_belong_to_their_rows():
+    (batch,) = itertools.islice(training_batches(Rows(8), 8, seed=0), 1)
+    assert [int(b.image[0, 0, 0]) for b in batch] == [int(b.row.id) for b in batch]
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 7, 13])
+def test_batch_n_is_the_same_wherever_training_started(start):
+    whole = ids(training_batches(Rows(10), 3, seed=5), 20)
+    assert ids(training_batches(Rows(10), 3, seed=5, start=start), 20 - start) == whole[start:]
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    batches = ids(training_batches(Rows(12), 4, seed=0), 9)
+    epochs = [[*itertools.chain(*batches[i : i + 3])] for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_seed_decides_the_order():
+    one, same, other = (ids(training_batches(Rows(50), 5, seed=s), 10) for s in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_too_few_rows_is_an_error():
+    with pytest.raises(ValueError, match="the data has 3 rows, fewer than a batch of 4"):
+        training_batches(Rows(3), 4, seed=0)
+
+
+def test_a_bad_image_names_its_row():
+    class Broken(Rows):
+        def __getitem__(self, index):
+            return Row(f"row {index}", "which?", "A", "mca", ("a", "b"), image_source=b"no image")
+
+    with pytest.raises(RowError, match=r"row 'row \d', field 'image'"):
+        next(training_batches(Broken(4), 2, seed=0))
+
+
+@pytest.mark.parametrize(
+    "limit, offset, expected",
+    [
+        (10, 0, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]),
+        (4, 0, [[0, 1, 2, 3]]),
+        (5, 3, [[3, 4, 5, 6], [7]]),
+        (100, 8, [[8, 9]]),
+        (3, 10, []),
+        (0, 0, []),
+    ],
+)
+def test_evaluation_goes_through_the_rows_in_order(limit, offset, expected):
+    assert ids(evaluation_batches(Rows(10), 4, limit, offset), 100) == expected

@@ -1,0 +1,286 @@
+"""The rollout engine: what it draws, with which probability, and what that depends on.
+
+Teacher forcing is the judge: every completion is written behind its own copy of the prompt and
+scored by one plain causal forward. Prompts have images of mixed sizes and different lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from p2r_jax.parallel.mesh import batch_sharding, make_mesh, parameter_shardings, replicated
+from p2r_jax.rl.step import completion_log_probs
+from p2r_jax.rollout.engine import Completions, Sampling, generate, last_index
+from tests.small_model import (
+    BANNED,
+    NUM_PATCHES,
+    PAD,
+    PROMPT_TOKENS,
+    ROWS,
+    STOP,
+    VOCABULARY,
+    make_model,
+    make_prompts,
+    plain_scores,
+    repeated_prompts,
+    vocabulary,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+NAMES = tuple(ROWS)
+SEEDS = {name: 100 + i for i, name in enumerate(NAMES)}
+B, G, R = 4, 5, 8
+SAMPLING = Sampling(max_new_tokens=R, group=G, temperature=0.8)
+GATE = 1e-5
+"""Nats. Cached decoding and teacher forcing add up the same numbers in another order."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def complete(model, names, sampling, words=None, seeds=SEEDS, **padding) -> Completions:
+    graph, params = model
+    own = jnp.array([seeds[name] for name in names], jnp.uint32)
+    prompts = make_prompts(names, **padding)
+    out = generate(graph, params, prompts, words or vocabulary(), own, sampling)
+    return jax.tree.map(np.asarray, out)
+
+
+@pytest.fixture(scope="module")
+def sampled(model) -> Completions:
+    return complete(model, NAMES, SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def greedy(model) -> Completions:
+    return complete(model, NAMES, Sampling(max_new_tokens=R, temperature=0.0))
+
+
+def teacher_forced(model, completions: Completions, temperature=1.0):
+    """Log-probs and likeliest tokens, [B, G, R]."""
+    rows, starts = repeated_prompts(NAMES, completions.tokens, completions.mask)
+    targets = completions.tokens.reshape(-1, R)
+    scores = plain_scores(*model, rows, starts, targets, vocabulary().allowed, temperature)
+    return [np.asarray(x).reshape(completions.tokens.shape) for x in scores]
+
+
+class TestProbabilities:
+    def test_sampled_ones_equal_teacher_forcing(self, model, sampled):
+        expected, _, _ = teacher_forced(model, sampled, SAMPLING.temperature)
+        mask = sampled.mask
+        np.testing.assert_allclose(sampled.log_probs[mask], expected[mask], rtol=0, atol=GATE)
+
+    def test_greedy_ones_equal_teacher_forcing_at_temperature_one(self, model, greedy):
+        expected, _, _ = teacher_forced(model, greedy)
+        mask = greedy.mask
+        np.testing.assert_allclose(greedy.log_probs[mask], expected[mask], rtol=0, atol=GATE)
+
+    def test_the_update_sees_the_samplers_probabilities(self, model, sampled):
+        """So that the policy that sampled is the policy that is trained."""
+        graph, params = model
+
+        @jax.jit
+        def score(params, tokens, mask):
+            return completion_log_probs(
+                nnx.merge(graph, params),
+                make_prompts(NAMES),
+                tokens,
+                mask,
+                vocabulary().allowed,
+                SAMPLING.temperature,
+            )[0]
+
+        mask = sampled.mask
+        actual = np.asarray(score(params, sampled.tokens, mask))
+        np.testing.assert_allclose(sampled.log_probs[mask], actual[mask], rtol=0, atol=GATE)
+
+    def test_draws_follow_the_distribution(self, model):
+        """Also the shortest completion: one token, straight from the prompt."""
+        count = 20_000
+        sampling = Sampling(max_new_tokens=1, group=count, temperature=0.8)
+        drawn = complete(model, NAMES[:1], sampling)
+        tokens, log_probs = drawn.tokens[0, :, 0], drawn.log_probs[0, :, 0]
+        frequency = np.bincount(tokens, minlength=VOCABULARY) / count
+        probability = np.zeros(VOCABULARY)
+        probability[tokens] = np.exp(log_probs)
+        assert probability.sum() == pytest.approx(1, abs=0.01)
+        deviation = np.sqrt(probability * (1 - probability) / count)
+        assert (np.abs(frequency - probability) <= 5 * deviation + 1e-9).all()
+
+
+class TestGreedy:
+    def test_takes_the_likeliest_token(self, model, greedy):
+        assert greedy.tokens.shape == (B, 1, R)
+        _, _, likeliest = teacher_forced(model, greedy)
+        np.testing.assert_array_equal(greedy.tokens[greedy.mask], likeliest[greedy.mask])
+
+    def test_seeds_do_not_matter(self, model, greedy):
+        again = complete(
+            model,
+            NAMES,
+            Sampling(max_new_tokens=R, temperature=0.0),
+            seeds=dict.fromkeys(NAMES, 7),
+        )
+        np.testing.assert_array_equal(again.tokens, greedy.tokens)
+
+
+class TestWhatACompletionDependsOn:
+    """Weights, prompt, seed and index in the group; never on the rest of the batch."""
+
+    def test_seeds_and_indexes_make_completions_differ(self, model, sampled):
+        texts = sampled.tokens.reshape(B * G, R)
+        assert len(np.unique(texts, axis=0)) == B * G
+        other = complete(model, NAMES, SAMPLING, seeds={k: v + 1 for k, v in SEEDS.items()})
+        assert (other.tokens != sampled.tokens).any(-1).all()
+
+    def test_equal_prompts_with_different_seeds_differ(self, model):
+        graph, params = model
+        prompts = make_prompts([NAMES[0]] * B)
+        seeds = jnp.arange(B, dtype=jnp.uint32)
+        tokens = generate(graph, params, prompts, vocabulary(), seeds, SAMPLING).tokens
+        assert len(np.unique(np.asarray(tokens).reshape(B * G, R), axis=0)) == B * G
+
+    def test_not_on_its_place_in_the_batch_or_on_its_neighbours(self, model, sampled):
+        names = (NAMES[3], NAMES[1], NAMES[0], NAMES[1])
+        moved = complete(model, names, SAMPLING)
+        for row, name in enumerate(names):
+            self.assert_same(moved, row, sampled, NAMES.index(name))
+
+    def test_not_on_the_side_that_is_padded(self, model, sampled):
+        padded = complete(model, NAMES, SAMPLING, side="left")
+        for row in range(B):
+            self.assert_same(padded, row, sampled, row)
+
+    def test_not_on_batch_group_or_padded_sizes(self, model, sampled):
+        """One row alone, fewer completions, and the next bucket of tokens and of patches."""
+        sampling = dataclasses.replace(SAMPLING, group=2)
+        sizes = {"num_tokens": 2 * PROMPT_TOKENS, "num_patches": 2 * NUM_PATCHES}
+        alone = complete(model, NAMES[:1], sampling, **sizes)
+        self.assert_same(alone, 0, sampled, 0, group=2)
+
+    def test_a_longer_limit_only_goes_on(self, model, sampled):
+        longer = complete(
+            model, NAMES, dataclasses.replace(SAMPLING, max_new_tokens=R + 4)
+        )
+        np.testing.assert_array_equal(
+            longer.tokens[:, :, :R][sampled.mask], sampled.tokens[sampled.mask]
+        )
+        np.testing.assert_array_equal(longer.mask[:, :, :R], sampled.mask)
+        assert longer.mask[:, :, R][~sampled.stopped].all()
+
+    @staticmethod
+    def assert_same(actual, row, expected, expected_row, group=G):
+        for field in ("tokens", "mask", "stopped"):
+            np.testing.assert_array_equal(
+                getattr(actual, field)[row], getattr(expected, field)[expected_row][:group]
+            )
+        np.testing.assert_allclose(
+            actual.log_probs[row], expected.log_probs[expected_row][:group], rtol=0, atol=GATE
+        )
+
+
+class TestEnds:
+    def test_a_stop_token_ends_a_completion_and_belongs_to_it(self, sampled):
+        stops = np.isin(sampled.tokens, STOP)
+        for b, g in np.ndindex(B, G):
+            used = int(sampled.mask[b, g].sum())
+            assert (np.flatnonzero(sampled.mask[b, g]) == np.arange(used)).all()
+            assert not stops[b, g, : used - 1].any()
+            assert sampled.stopped[b, g] == stops[b, g, used - 1]
+            assert sampled.stopped[b, g] or used == R
+            assert (sampled.tokens[b, g, used:] == PAD).all()
+            assert (sampled.log_probs[b, g, used:] == 0).all()
+            assert (sampled.log_probs[b, g, :used] < 0).all()
+
+    def test_the_batch_has_both_kinds(self, sampled):
+        """Some end early, at different lengths, and some are cut: the test above sees all of it."""
+        assert len(set(sampled.mask.sum(-1).flat)) > 3
+        assert set(sampled.stopped.flat) == {True, False}
+
+    def test_without_stop_tokens_all_are_cut(self, model):
+        endless = complete(model, NAMES, SAMPLING, vocabulary(stop=()))
+        assert endless.mask.all()
+        assert not endless.stopped.any()
+
+    def test_padding_that_is_also_a_stop_token(self, model, sampled):
+        """As in the published tokenizers: the first one counts, the padding after it does not."""
+        words = dataclasses.replace(vocabulary(), pad=jnp.int32(STOP[0]))
+        same = complete(model, NAMES, SAMPLING, words)
+        np.testing.assert_array_equal(same.mask, sampled.mask)
+        np.testing.assert_array_equal(same.tokens[same.mask], sampled.tokens[sampled.mask])
+        assert (same.tokens[~same.mask] == STOP[0]).all()
+
+
+class TestBannedTokens:
+    @pytest.fixture(scope="class")
+    def biased(self, model):
+        """One of two banned tokens is always the likeliest by far: their rows are opposite."""
+        graph, params = model
+        head = params["lm_head"].get_value()
+        row = 1000 * head[0]
+        params = jax.tree.map(lambda x: x, params)
+        params["lm_head"] = params["lm_head"].replace(head.at[0].set(row).at[1].set(-row))
+        return graph, params
+
+    @pytest.mark.parametrize("temperature", [0.8, 0.0])
+    def test_are_never_drawn(self, biased, temperature):
+        sampling = Sampling(R, G if temperature else 1, temperature)
+        out = complete(biased, NAMES, sampling)
+        assert not np.isin(out.tokens[out.mask], BANNED).any()
+        assert np.isfinite(out.log_probs).all()
+        free = complete(biased, NAMES, sampling, vocabulary(banned=()))
+        assert np.isin(free.tokens[free.mask], BANNED).mean() > 0.9
+
+    def test_have_no_share_of_the_probability(self, model, biased, sampled):
+        out = complete(biased, NAMES, SAMPLING)
+        np.testing.assert_array_equal(out.tokens, sampled.tokens)
+        np.testing.assert_allclose(out.log_probs, sampled.log_probs, atol=GATE)
+
+
+def test_last_index_under_either_padding():
+    valid = jnp.array([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    assert last_index(valid).tolist() == [3, 1, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_new_tokens": 0}, {"max_new_tokens": 1, "group": 0}, {"temperature": -1.0}]
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="at least"):
+        Sampling(**{"max_new_tokens": 4} | settings)
+
+
+def test_eight_devices_equal_one(model, sampled):
+    """Prompts split over data and fsdp, weights over tensor."""
+    graph, params = model
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    shardings = jax.tree.map(
+        lambda v: v.get_value(),
+        parameter_shardings(params, mesh, fsdp=False),
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+    rows = batch_sharding(mesh)
+    prompts = make_prompts(NAMES)
+    by_axis = jax.NamedSharding(mesh, jax.P(None, *rows.spec))
+    split = dataclasses.replace(jax.tree.map(lambda _: rows, prompts), positions=by_axis)
+    out = generate(
+        graph,
+        jax.device_put(params, shardings),
+        jax.device_put(prompts, split),
+        jax.device_put(vocabulary(), replicated(mesh)),
+        jax.device_put(jnp.array([SEEDS[n] for n in NAMES], jnp.uint32), rows),
+        SAMPLING,
+    )
+    assert len(out.tokens.sharding.device_set) == 8
+    for field in ("tokens", "mask", "stopped"):
+        np.testing.assert_array_equal(getattr(out, field), getattr(sampled, field))
+    np.testing.assert_allclose(out.log_probs, sampled.log_probs, rtol=0, atol=GATE)
