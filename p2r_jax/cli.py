@@ -166,7 +166,7 @@ def _prompts(args: Namespace) -> None:
 
 def _probe_parser() -> ArgumentParser:
     parser = ArgumentParser()
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -133,6 +133,7 @@ class EvalDuringTraining:
     final_modes: list[str] = field(
         default_factory=lambda: ["default", "p2r", "oracle_box", "random_box"]
     )
+    """Modes before training and at its end; `modes` in between."""
     batch: int = 64
     """Questions per batch."""
 

@@ -115,9 +115,7 @@ def make_prompts(
     for i, (_, _, own) in enumerate(rows):
         pixels[i, : len(own)] = own
     fields = token_layout([np.array(t) for t in tokens], grids, CONFIG, num_tokens, PAD, side)
-    return jax.tree.map(
-        jnp.asarray, Prompts(patches=Patches(pixels=pixels, **layout), **fields)
-    )
+    return jax.tree.map(jnp.asarray, Prompts(patches=Patches(pixels=pixels, **layout), **fields))
 
 
 def repeated_prompts(names: Sequence[str], tokens: Any, mask: Any) -> tuple[Prompts, np.ndarray]:
@@ -177,5 +175,7 @@ def relative_errors(actual: Any, expected: Any) -> dict[str, float]:
         size = np.linalg.norm(e)
         return float(np.linalg.norm(a - e) / size) if size else float(np.abs(a).max())
 
-    tree = jax.tree_util.tree_map_with_path(one, nnx.to_pure_dict(actual), nnx.to_pure_dict(expected))
+    tree = jax.tree_util.tree_map_with_path(
+        one, nnx.to_pure_dict(actual), nnx.to_pure_dict(expected)
+    )
     return {jax.tree_util.keystr(p): v for p, v in jax.tree_util.tree_leaves_with_path(tree)}

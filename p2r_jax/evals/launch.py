@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 
 from p2r_jax.config import EvalConfig
@@ -92,8 +92,9 @@ def ask(
         raise FileNotFoundError(f"no image at {image}")
     try:
         pixels = np.asarray(Image.open(image).convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{image} is not an image that Pillow can read") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow reports broken files through any of these, depending on the format.
+        raise ValueError(f"{image} is not an image that Pillow can read: {error}") from error
     result = perceive_and_reason(
         load_pretrained(folder, dtype=dtype),
         pixels,

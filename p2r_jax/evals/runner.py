@@ -12,6 +12,8 @@ Training runs the same code between its phases.
 from __future__ import annotations
 
 import json
+import os
+import string
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,7 +25,13 @@ from rich.progress import Progress
 
 from p2r_jax.data.loader import LoadedRow
 from p2r_jax.evals.scoring import box_figures, summarize_modes
-from p2r_jax.roles.answers import answer_reward, choice_letter, extract_answer, has_answer_tag
+from p2r_jax.roles.answers import (
+    TRAINING_LETTERS,
+    answer_reward,
+    choice_letter,
+    extract_answer,
+    has_answer_tag,
+)
 from p2r_jax.roles.boxes import Box, parse_response
 from p2r_jax.roles.pipeline import Pipeline
 from p2r_jax.roles.prompts import Role
@@ -81,7 +89,9 @@ def evaluate(
     with Progress(transient=True) as progress:
         task = progress.add_task(description, total=total)
         for batch in batches:
-            images = ImageStore.upload([b.image for b in batch], pipeline.builder.buckets)
+            images = ImageStore.upload(
+                [b.image for b in batch], pipeline.builder.buckets, pipeline.builder.mesh
+            )
             for mode in modes:
                 for record, loaded in _run_mode(
                     pipeline, params, batch, images, mode, limits, seed
@@ -109,7 +119,7 @@ def _run_mode(
     if not chosen:
         return []
     questions = [(i, b.row.question_with_options, b.row.answer_form) for i, b in chosen]
-    perceived = ["" for _ in chosen]
+    perceived: list[str | None] = [None for _ in chosen]
     boxes: list[list[Box]] = [[] for _ in chosen]
     if mode == "default" or mode == "baseline":
         role: Role = "direct" if mode == "default" else "baseline"
@@ -133,16 +143,17 @@ def _run_mode(
 
 
 def _record(
-    mode: str, loaded: LoadedRow, perceiver_text: str, boxes: list[Box], answer: str
+    mode: str, loaded: LoadedRow, perceiver_text: str | None, boxes: list[Box], answer: str
 ) -> Record:
     row = loaded.row
     height, width = loaded.image.shape[:2]
     # A direct answer carries no tag; everywhere else an answer outside its tag is wrong.
     tagged = mode != "default"
-    grade = answer_reward(answer, row.answer, row.answer_form, require_tag=tagged)
+    letters = choice_letters(len(row.options), row.answer)
+    grade = answer_reward(answer, row.answer, row.answer_form, require_tag=tagged, letters=letters)
     prediction = extract_answer(answer) if has_answer_tag(answer) or not tagged else None
     if prediction is not None and row.answer_form == "mca":
-        prediction = choice_letter(prediction) or None
+        prediction = choice_letter(prediction, letters) or None
     corners = [box.bbox_2d for box in boxes]
     return {
         "id": row.id,
@@ -154,7 +165,7 @@ def _record(
         "prediction": prediction,
         "correct": grade,
         "perceiver_text": perceiver_text,
-        "parse_ok": parse_response(perceiver_text).well_formed if mode == "p2r" else None,
+        "parse_ok": None if perceiver_text is None else parse_response(perceiver_text).well_formed,
         "boxes": [{"bbox_2d": list(b.bbox_2d), "label": b.label} for b in boxes],
         "true_boxes": [list(box) for box in row.boxes],
         "reasoner_text": answer,
@@ -163,6 +174,15 @@ def _record(
         "image": None,
         "crops": [],
     } | (box_figures(corners, row.boxes, width, height) if mode == "p2r" else {})
+
+
+def choice_letters(options: int, answer: str) -> str:
+    """Letters that count as a choice among `options`; if they are in the question's text (0), the
+    training rule's A to E, or further if the true answer is."""
+    if not options and len(answer) == 1 and answer in string.ascii_uppercase:
+        options = string.ascii_uppercase.index(answer) + 1
+        options = max(options, len(TRAINING_LETTERS))
+    return string.ascii_uppercase[:options] or TRAINING_LETTERS
 
 
 class EvalWriter:
@@ -193,7 +213,10 @@ class EvalWriter:
         graded = [record for record in records if record["correct"] is not None]
         summary = summarize_modes(self.name, graded)
         summary["ungraded"] = len(records) - len(graded)
-        (self.folder / f"{self.name}.json").write_text(json.dumps(summary, indent=2) + "\n")
+        file = self.folder / f"{self.name}.json"
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(temporary, file)
         return summary
 
 

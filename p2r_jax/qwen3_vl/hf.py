@@ -282,7 +282,9 @@ def _write(model: Qwen3VL, folder: Path, dtype: Any, max_shard_bytes: int) -> No
         value = flat[entry.path].get_value()
         for i, name in enumerate(names):
             one = value[i] if "{i}" in entry.hf else value
-            tensor = _to_hf(entry, one, hf_shape).astype(dtype)
+            # A NumPy transpose is a strided view, whose bytes safetensors would write in the wrong
+            # order; a JAX array is always dense.
+            tensor = jnp.asarray(_to_hf(entry, one, hf_shape), dtype)
             if size + tensor.nbytes > max_shard_bytes and shards[-1]:
                 shards.append({})
                 size = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if is_main():
         _check_same_config(config, run)
     trainer = build_trainer(config, console)
+    if is_main():
+        _write_config(config, run)
     size = sum(x.size for x in jax.tree.leaves(trainer.initial))
     console.print(
         f"{size:,} parameters on {len(jax.devices())} {jax.devices()[0].platform} device(s); "
@@ -98,8 +101,14 @@ def _check_same_config(config: TrainConfig, run: Path) -> None:
                 f"{run} was started with other settings ({', '.join(changed)}): choose another "
                 "`run` folder, or delete this one to start again"
             )
+
+
+def _write_config(config: TrainConfig, run: Path) -> None:
+    """Only once the settings are known to work: until then they may be corrected freely."""
     run.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(_plain(now), sort_keys=False))
+    temporary = run / "config.tmp"
+    temporary.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    os.replace(temporary, run / "config.yaml")
 
 
 def _plain(value: Any) -> Any:

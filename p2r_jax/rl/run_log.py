@@ -25,11 +25,11 @@ class RunLog:
         if not self.active:
             return
         run.mkdir(parents=True, exist_ok=True)
-        self._drop_rows_from(start_step)
+        self._drop_rows_after(start_step)
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step)
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
         if config.wandb_project:
             try:
                 import wandb
@@ -39,14 +39,19 @@ class RunLog:
                 ) from error
             self.wandb = wandb.init(project=config.wandb_project, dir=str(run), resume="allow")
 
-    def _drop_rows_from(self, step: int) -> None:
+    def _drop_rows_after(self, step: int) -> None:
         if not self.metrics_file.exists():
             return
         lines = self.metrics_file.read_text().splitlines()
-        kept = [line for line in lines if _step_of(line) < step]
+        kept = [line for line in lines if _step_of(line) <= step and self._is_finished(line)]
         temporary = self.metrics_file.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, self.metrics_file)
+
+    def _is_finished(self, line: str) -> bool:
+        """False for the row of an evaluation that was cut off before its summary was written."""
+        name = json.loads(line).get("name")
+        return name is None or (self.run / "eval" / f"{name}.json").is_file()
 
     def metrics(self, step: int, where: dict[str, Any], values: dict[str, float]) -> None:
         """One line: `where` (phase, ...) and flat numbers."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import shutil
 import time
@@ -45,6 +46,7 @@ from p2r_jax.rl.rewards import Reward, Verifier, answer_reward, perceiver_reward
 from p2r_jax.rl.run_log import RunLog
 from p2r_jax.rl.step import (
     AnchorBatch,
+    Layout,
     TrainingBatch,
     TrainState,
     cast,
@@ -100,6 +102,7 @@ class Trainer:
         self.initial = params
         self.stages: dict[str, float] = collections.defaultdict(float)
         self.summaries: dict[str, dict[str, Any]] = {}
+        self._state_layout: Layout = ()
         layout = self._layout(params)
         self._to_rollout = jax.jit(lambda p: cast(p, self.dtype), out_shardings=layout)
         self._to_snapshot = jax.jit(lambda p: cast(p, self.dtype))
@@ -126,7 +129,7 @@ class Trainer:
         if resumed:
             state, snapshot = self.checkpoints.restore(position, state, snapshot)
             self.console.print(f"resuming at step {position.step} of {self._total_steps}")
-        self._load_evaluations()
+        self._load_evaluations(position)
         if "before" not in self.summaries:
             self._evaluate(state.params, "before", log, position.step)
 
@@ -163,7 +166,8 @@ class Trainer:
                     )
                     if self.checkpoints.due(position.step):
                         self.checkpoints.save(position, state, snapshot)
-                self._evaluate(state.params, self._phase_name(position), log, position.step)
+                if self._phase_name(position) not in self.summaries:
+                    self._evaluate(state.params, self._phase_name(position), log, position.step)
                 position = Position(position.phase + 1, 0, position.step)
         self.checkpoints.close()
         if self.config.export and is_main():
@@ -174,7 +178,11 @@ class Trainer:
     def _start_phase(self, params: nnx.State, phase: int) -> tuple[TrainState, nnx.State]:
         """Phase-start snapshot (partner and KL reference) and a fresh optimizer."""
         optimizer = make_optimizer(self.config.optimizer, self.config.phases[phase].steps)
-        return new_state(params, optimizer), self._to_snapshot(params)
+        state = new_state(params, optimizer)
+        # Taken once: later states lie the same but describe it in other words, and the layout is
+        # a static argument of the compiled step.
+        self._state_layout = self._state_layout or layout_of(state)
+        return state, self._to_snapshot(params)
 
     def _step(
         self,
@@ -189,7 +197,8 @@ class Trainer:
         """Collect experience and make one update."""
         clock = _Clock(self.stages)
         with clock("upload"):
-            images = ImageStore.upload([r.image for r in rows], self.pipeline.builder.buckets)
+            builder = self.pipeline.builder
+            images = ImageStore.upload([r.image for r in rows], builder.buckets, builder.mesh)
             policy = self._to_rollout(state.params)
         seeds = _fold(self.config.seed, position.step, len(rows))
         collect = {
@@ -223,7 +232,7 @@ class Trainer:
                 anchor_weight=phase.anchor_weight,
                 remat=self.config.model.remat,
                 dtype=self.dtype,
-                layout=layout_of(state),
+                layout=self._state_layout,
             )
             scalars = {name: float(value) for name, value in to_host(scalars).items()}
         self._stop_if_broken(int(state.skipped))
@@ -347,8 +356,7 @@ class Trainer:
     ) -> tuple[TrainingBatch, dict[str, float]]:
         """Advantages and masks; dropped samples and filling rows are masked out and counted."""
         rewards = experience.rewards
-        values = np.array([[r.value if r.value is not None else 0.0 for r in g] for g in rewards])
-        valid = np.array([[r.value is not None for r in group] for group in rewards])
+        values, valid, advantages = self._advantages(rewards)
         dropped = 1.0 - valid.mean()
         if dropped > self.config.loss.max_dropped_fraction:
             raise RuntimeError(
@@ -356,9 +364,6 @@ class Trainer:
                 f"loss.max_dropped_fraction = {self.config.loss.max_dropped_fraction:.0%}): "
                 "check the verifier and the answers of the data"
             )
-        advantages = np.asarray(
-            group_advantages(values, self.config.loss.normalize_by_std, valid=valid)
-        )
         completions = experience.rollout.completions
         rows = completions.tokens.shape[0]
         fill = ((0, rows - len(values)), (0, 0))
@@ -382,6 +387,13 @@ class Trainer:
             "completion/truncated_fraction": float(1 - stopped[: len(values)].mean()),
         }
         return batch, metrics
+
+    def _advantages(self, rewards: list[list[Reward]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Values (0 where there is none), whether there is one, and advantages; [B, G] each."""
+        values = np.array([[r.value if r.value is not None else 0.0 for r in g] for g in rewards])
+        valid = np.array([[r.value is not None for r in group] for group in rewards])
+        advantages = group_advantages(values, self.config.loss.normalize_by_std, valid=valid)
+        return values, valid, np.asarray(advantages)
 
     def _anchor_batch(
         self, phase: PhaseConfig, experience: Experience, images: ImageStore
@@ -459,21 +471,24 @@ class Trainer:
             self.pipeline,
             self._to_rollout(params),
             evaluation_batches(self.validation_source, settings.batch, settings.final_questions),
-            settings.final_modes,
+            settings.final_modes if name in ("before", "after") else settings.modes,
             self._limits(),
             total=settings.final_questions,
             on_record=writer,
             description=f"evaluating {name}",
         )
-        self.summaries[name] = writer.finish(records)["modes"]
+        # In this order: a row without its summary is dropped on resume and written again.
         log.metrics(step, {"phase": "eval", "name": name}, _flat_summary(records))
+        self.summaries[name] = writer.finish(records)["modes"]
         self.stages[f"evaluate {name}"] += time.perf_counter() - begin
 
-    def _load_evaluations(self) -> None:
-        """After a resume, the evaluations that are already done."""
-        for name in ("before", *map(self._name_of_phase, range(len(self.config.phases)))):
+    def _load_evaluations(self, position: Position) -> None:
+        """After a resume, the evaluations that are already done, up to where it resumes."""
+        steps = [0, *(phase.steps for phase in self.config.phases)]
+        names = ("before", *map(self._name_of_phase, range(len(self.config.phases))))
+        for name, step in zip(names, itertools.accumulate(steps), strict=True):
             file = self.run_folder / "eval" / f"{name}.json"
-            if file.is_file():
+            if step <= position.step and file.is_file():
                 self.summaries[name] = json.loads(file.read_text())["modes"]
 
     def _name_of_phase(self, phase: int) -> str:
@@ -494,9 +509,7 @@ class Trainer:
         log: RunLog,
     ) -> None:
         count = min(self.config.log.sample_prompts, len(rows))
-        advantages = group_advantages(
-            np.array([[r.value or 0.0 for r in g] for g in experience.rewards])
-        )
+        _, _, advantages = self._advantages(experience.rewards)
         samples = []
         for b in range(count):
             row = rows[b].row

@@ -156,6 +156,7 @@ def answer_reward(
     *,
     question: str = "",
     require_tag: bool = False,
+    letters: str = TRAINING_LETTERS,
     attempts: int = 3,
     retry_wait_seconds: float = 2.0,
 ) -> float | None:
@@ -167,6 +168,7 @@ def answer_reward(
       answer_form: `mca`, `na` or `free_form`.
       verifier, question: needed for `free_form` only.
       require_tag: an answer outside `<answer>…</answer>` is wrong; for evaluation.
+      letters: the options there are, for `mca`; see `choice_reward`.
       attempts, retry_wait_seconds: how often a failing verifier is asked, and the pause after the
         first failure; it doubles each time.
 
@@ -178,7 +180,7 @@ def answer_reward(
     """
     require_verifier([answer_form], verifier)
     if answer_form == "mca":
-        return choice_reward(response, ground_truth, require_tag=require_tag)
+        return choice_reward(response, ground_truth, letters=letters, require_tag=require_tag)
     if answer_form == "na":
         return number_reward(response, ground_truth, require_tag=require_tag)
 

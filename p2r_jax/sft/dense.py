@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,7 +20,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image, ImageDraw
-from rich.progress import track
 
 from p2r_jax.data.visual_search import SHAPES, VisualSearch
 from p2r_jax.data.visual_search_glyphs import glyph_ink
@@ -36,21 +36,20 @@ from p2r_jax.roles.boxes import OUTLINE_COLORS, line_width, outline_rectangle
 class DenseConfig:
     """Dense vision pre-training."""
 
-    steps: int = 1500
+    steps: int = 2500
     images: int = 64
-    """Images a step: half overviews, half crops."""
-    pool: int = 8192
-    """Rendered scenes to draw from."""
+    """Windows a step, never shown twice: a tower this size memorises thousands of them, and then
+    reads the characters of those and no others."""
     learning_rate: float = 1.5e-3
     seed: int = 0
 
 
 @dataclasses.dataclass
-class Pool:
-    """Rendered windows of all shapes, with labels per visual token (-1 = none)."""
+class Windows:
+    """A batch of rendered windows of all shapes, with labels per visual token (-1 = none)."""
 
     pixels: np.ndarray
-    """uint8 [I, N, p*p*3], patches in merge-block order."""
+    """uint8 [I, N, 3*p*p], patches in merge-block order."""
     grids: list[Grid]
     labels: dict[str, np.ndarray]
     """colour, shape, glyph: int32 [I, M]."""
@@ -70,42 +69,49 @@ def _outline(image: np.ndarray, tiles: np.ndarray, rng: np.random.Generator) -> 
     return np.asarray(picture)
 
 
-def build_pool(source: VisualSearch, config: DenseConfig, processor: ImageSizes) -> Pool:
-    """Even entries are overviews (a third annotated), odd ones crops at all aspects that a padded
-    box around a tile can give, cut off at the border of the image, and at closer zooms as well:
-    reading starts there."""
-    rng = np.random.default_rng(config.seed)
-    count, size, budget = config.pool, source.config.image_size, processor.max_patches
+WINDOWS_PER_SCENE = 4
+
+
+def render_windows(
+    source: VisualSearch, first: int, count: int, sizes: ImageSizes, rng: np.random.Generator
+) -> Windows:
+    """`count` windows of the scenes from `first` on: of each scene one overview (a third of them
+    annotated), then crops at all aspects that a padded box around a tile can give, cut off at the
+    border of the image, and at closer zooms as well: reading starts there."""
+    size, budget = source.config.image_size, sizes.max_patches
+    tokens = budget // sizes.merge**2
     names = ("colour", "shape", "glyph")
-    pool = Pool(
-        np.zeros((count, budget, processor.patch**2 * 3), np.uint8),
+    out = Windows(
+        np.zeros((count, budget, sizes.patch**2 * 3), np.uint8),
         [],
-        {name: np.full((count, budget // processor.merge**2), -1, np.int32) for name in names},
-        np.zeros((count, budget // processor.merge**2, 2), np.float32),
+        {name: np.full((count, tokens), -1, np.int32) for name in names},
+        np.zeros((count, tokens, 2), np.float32),
     )
-    for i in track(range(count), description="rendering windows"):
-        scene = source.render_scene(i // 2)
-        image = scene.image
-        if i % 2 == 0:
+    for i in range(count):
+        is_crop = i % WINDOWS_PER_SCENE > 0
+        if not is_crop:
+            scene = source.render_scene(first + i // WINDOWS_PER_SCENE)
+            image = scene.image
             left, top, right, bottom = 0, 0, size, size
             if rng.random() < 1 / 3:
                 image = _outline(image, scene.tiles, rng)
         else:
+            image = scene.image
             tile = scene.tiles[rng.integers(len(scene.tiles))]
             centre = (tile["box"][:2] + tile["box"][2:]) / 2 + rng.uniform(-0.03, 0.03, 2) * size
             half = 0.05 * 4 ** rng.random() * size * rng.uniform(0.88, 1.12, 2)
             window = np.clip(np.concatenate([centre - half, centre + half]), 0, size)
             left, top, right, bottom = (int(v) for v in window)
-        height, width = processor.target_size(bottom - top, right - left)
-        window_image = Image.fromarray(image[top:bottom, left:right])
-        crop = np.asarray(window_image.resize((width, height), Image.Resampling.BICUBIC))
-        grid = (height // processor.patch, width // processor.patch)
-        pool.grids.append(grid)
-        where = patch_coordinates(grid, processor.merge)
-        patches = crop.reshape(grid[0], processor.patch, grid[1], processor.patch, 3)
+        height, width = sizes.target_size(bottom - top, right - left)
+        crop = Image.fromarray(image[top:bottom, left:right])
+        crop = np.asarray(crop.resize((width, height), Image.Resampling.BICUBIC))
+        grid = (height // sizes.patch, width // sizes.patch)
+        out.grids.append(grid)
+        where = patch_coordinates(grid, sizes.merge)
+        patches = crop.reshape(grid[0], sizes.patch, grid[1], sizes.patch, 3)
         patches = patches.transpose(0, 2, 4, 1, 3)[where[:, 0], where[:, 1]]
-        pool.pixels[i, : len(where)] = patches.reshape(len(where), -1)
-        rows, columns = (side // processor.merge for side in grid)
+        out.pixels[i, : len(where)] = patches.reshape(len(where), -1)
+        rows, columns = (side // sizes.merge for side in grid)
         for tile in scene.tiles:
             box = tile["box"]
             x, y = ((box[:2] + box[2:]) / 2 - (left, top)) / (right - left, bottom - top)
@@ -113,10 +119,10 @@ def build_pool(source: VisualSearch, config: DenseConfig, processor: ImageSizes)
                 continue
             token = int(y * rows) * columns + int(x * columns)
             for name in names:
-                if name != "glyph" or i % 2:
-                    pool.labels[name][i, token] = tile[name]
-            pool.position[i, token] = x, y
-    return pool
+                if name != "glyph" or is_crop:
+                    out.labels[name][i, token] = tile[name]
+            out.position[i, token] = x, y
+    return out
 
 
 class Heads(nnx.Module):
@@ -175,13 +181,12 @@ def dense_loss(
     return total, metrics | {"loss": total}
 
 
-def pool_patches(pool: Pool, pick: np.ndarray, config: Qwen3VLConfig) -> Patches:
+def window_patches(windows: Windows, config: Qwen3VLConfig) -> Patches:
     """One window a row, normalised as `ops.image.patchify` does."""
-    vision = config.vision
-    layout: dict[str, Any] = patch_layout([[pool.grids[i]] for i in pick], config, pool.pixels.shape[1])
+    layout = patch_layout([[grid] for grid in windows.grids], config, windows.pixels.shape[1])
     del layout["slot"]
-    x = pool.pixels[pick].astype(np.float32) / np.float32(127.5) - 1
-    x = x.reshape(*x.shape[:2], 3, 1, -1).repeat(vision.temporal_patch_size, axis=3)
+    x = windows.pixels.astype(np.float32) / np.float32(127.5) - 1
+    x = x.reshape(*x.shape[:2], 3, 1, -1).repeat(config.vision.temporal_patch_size, axis=3)
     return Patches(pixels=x.reshape(*x.shape[:2], -1), **layout)
 
 
@@ -193,8 +198,7 @@ def train_tower(
     dense: DenseConfig,
     mesh: Mesh,
 ) -> Iterator[dict[str, Any]]:
-    """Train `tower` in place; yields metrics every 50 steps."""
-    pool = build_pool(source, dense, sizes)
+    """Train `tower` in place; yields metrics (of windows not trained on before) every 50 steps."""
     outputs = {
         "colour": len(source.config.colours) + 1,
         "shape": len(SHAPES),
@@ -205,7 +209,11 @@ def train_tower(
     levels = 1 + len(config.vision.deepstack_visual_indexes)
     heads = Heads(levels, config.text.hidden_size, outputs, nnx.Rngs(dense.seed))
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, dense.learning_rate, 100, dense.steps, dense.learning_rate / 50
+        0.0,
+        dense.learning_rate,
+        min(100, dense.steps // 2),
+        dense.steps,
+        dense.learning_rate / 50,
     )
     both = nnx.Dict(tower=tower, heads=heads)
     optimizer = nnx.Optimizer(
@@ -227,15 +235,21 @@ def train_tower(
     dots = np.stack([glyph_ink(g)[::2, ::2] for g in source.config.glyphs])
     dots = dots.reshape(len(dots), -1).astype(np.float32)
     rng = np.random.default_rng(dense.seed + 1)
-    half = dense.images // 2
-    for i in range(dense.steps):
-        pick = rng.integers(0, dense.pool // 2, dense.images) * 2
-        pick[half:] += 1
-        rng.shuffle(pick)
-        labels = {name: values[pick] for name, values in pool.labels.items()}
-        labels["position"] = pool.position[pick]
-        labels["dots"] = dots[labels["glyph"]]
-        batch = jax.device_put((pool_patches(pool, pick, config), labels), batch_sharding(mesh))
-        metrics = step(both, optimizer, *batch)
-        if i % 50 == 49:
-            yield {"step": i + 1} | {k: float(v) for k, v in metrics.items()}
+    scenes = dense.images // WINDOWS_PER_SCENE
+
+    def batch(i: int) -> tuple[Patches, dict[str, np.ndarray]]:
+        windows = render_windows(source, i * scenes, dense.images, sizes, rng)
+        labels = windows.labels | {"position": windows.position}
+        return window_patches(windows, config), labels | {"dots": dots[labels["glyph"]]}
+
+    recent: list[dict[str, jax.Array]] = []
+    with ThreadPoolExecutor(1) as ahead:  # one step ahead; one thread, so that order is fixed
+        coming = ahead.submit(batch, 0)
+        for i in range(dense.steps):
+            now = coming.result()
+            coming = ahead.submit(batch, i + 1)
+            recent.append(step(both, optimizer, *jax.device_put(now, batch_sharding(mesh))))
+            if i % 50 == 49:
+                means = {k: float(np.mean([r[k] for r in recent])) for k in recent[0]}
+                yield {"step": i + 1} | means
+                recent = []

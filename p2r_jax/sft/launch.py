@@ -18,7 +18,13 @@ from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import RequestBuilder
 from p2r_jax.sft.dense import DenseConfig, train_tower
-from p2r_jax.sft.warm_start import BUCKETS, WarmStartConfig, make_pool, train_roles, write_tiny_files
+from p2r_jax.sft.warm_start import (
+    BUCKETS,
+    WarmStartConfig,
+    make_pool,
+    train_roles,
+    write_tiny_files,
+)
 
 
 def make_warm_start(

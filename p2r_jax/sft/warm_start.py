@@ -160,17 +160,21 @@ def train_roles(
     """Train the language model in place (the tower stays as it is); yields metrics."""
     perceiver, reasoner = pools
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, 30, config.steps, config.learning_rate / 10
+        0.0,
+        config.learning_rate,
+        min(30, config.steps // 2),
+        config.steps,
+        config.learning_rate / 10,
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-    graph, text, rest = nnx.split(model, nnx.PathContains("language_model"), ...)
+    graph, text, *rest = nnx.split(model, nnx.PathContains("language_model"), ...)
     text, rest = jax.device_put((text, rest), replicated(mesh))
     opt_state = optimizer.init(text)
 
     @jax.jit
     def step(text, opt_state, perceiver, reasoner):
         def loss(text):
-            both = nnx.merge(graph, text, rest)
+            both = nnx.merge(graph, text, *rest)
             p, r = loss_terms(both, perceiver), loss_terms(both, reasoner)
             total = p["loss"] + r["loss"] + config.link_weight * (p["link"] + r["link"])
             metrics = {f"perceiver/{k}": v for k, v in p.items()}

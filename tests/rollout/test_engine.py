@@ -168,9 +168,7 @@ class TestWhatACompletionDependsOn:
         self.assert_same(alone, 0, sampled, 0, group=2)
 
     def test_a_longer_limit_only_goes_on(self, model, sampled):
-        longer = complete(
-            model, NAMES, dataclasses.replace(SAMPLING, max_new_tokens=R + 4)
-        )
+        longer = complete(model, NAMES, dataclasses.replace(SAMPLING, max_new_tokens=R + 4))
         np.testing.assert_array_equal(
             longer.tokens[:, :, :R][sampled.mask], sampled.tokens[sampled.mask]
         )

@@ -1,0 +1,246 @@
+"""Evaluation of one set of weights: what each mode asks for, and the records it leaves."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from p2r_jax.data.loader import evaluation_batches, load
+from p2r_jax.data.rows import Row
+from p2r_jax.data.visual_search import VisualSearch
+from p2r_jax.evals import scoring
+from p2r_jax.evals.runner import (
+    MODES,
+    EvalWriter,
+    TokenLimits,
+    check_modes,
+    choice_letters,
+    evaluate,
+    random_boxes,
+)
+from p2r_jax.qwen3_vl.hf import load_pretrained
+from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.roles.pipeline import Pipeline
+from p2r_jax.roles.prompts import load_prompt_set
+from p2r_jax.roles.requests import Buckets
+
+LIMITS = TokenLimits(perceiver=7, reasoner=6, direct=5)
+SOURCE = VisualSearch("test")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(quick_compilation):
+    pass
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return nnx.split(load_pretrained(tiny_checkpoint, dtype="float32"), nnx.Param)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint, model):
+    processor = Processor.from_pretrained(tiny_checkpoint)
+    buckets = Buckets(patches=(320,), prompt_tokens=(160,), canvas=(96,), image=(384,))
+    return Pipeline.create(model[0], processor, load_prompt_set("tiny"), buckets, batch_rows=4)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Replaces the model: perceivers write `boxes`, others `answer`; keeps the requests."""
+
+    class Script:
+        boxes = '[{"bbox_2d":[100,100,200,200],"label":"red tile"}]'
+        answer = "<think>2</think><answer>A</answer>"
+
+        def __init__(self):
+            self.calls = []
+
+        def __call__(self, pipeline, params, requests, images, max_new_tokens):
+            texts = [pipeline.builder.processor.tokenizer.decode(r.tokens) for r in requests]
+            self.calls.append((requests, texts, max_new_tokens))
+            return [self.boxes if "Find: " in text else self.answer for text in texts]
+
+    script = Script()
+    monkeypatch.setattr(Pipeline, "complete", lambda *args: script(*args))
+    return script
+
+
+def run(pipeline, rows, modes, **options):
+    batches = [[load(row) for row in rows]]
+    return evaluate(pipeline, None, batches, modes, LIMITS, total=len(rows), **options)
+
+
+# --- modes ------------------------------------------------------------------------------------
+
+
+def test_an_unknown_mode_is_named_before_any_work(pipeline):
+    with pytest.raises(ValueError, match=r"unknown evaluation mode.*\['p2rr'\].*oracle_box"):
+        evaluate(pipeline, None, iter(()), ["p2r", "p2rr"], LIMITS, total=0)
+    with pytest.raises(ValueError, match="unknown evaluation mode"):
+        check_modes([])
+
+
+@pytest.mark.parametrize(
+    "mode, words, limits, views",
+    [
+        ("default", ["Say: "], [5], [1]),
+        ("baseline", ["Whole: "], [6], [1]),
+        ("p2r", ["Find: ", "Zoomed: "], [7, 6], [1, 2]),
+        ("oracle_box", ["Zoomed: "], [6], [2]),
+        ("random_box", ["Zoomed: "], [6], [2]),
+    ],
+)
+def test_each_mode_asks_its_roles(pipeline, scripted, mode, words, limits, views):
+    row = SOURCE[0]
+    run(pipeline, [row], [mode])
+    for (requests, texts, limit), word, expected, shown in zip(
+        scripted.calls, words, limits, views, strict=True
+    ):
+        assert f"{word}{row.question_with_options}" in texts[0]
+        assert limit == expected
+        assert len(requests[0].views) == shown
+
+
+def test_oracle_boxes_are_the_true_ones(pipeline, scripted):
+    (record,) = run(pipeline, [SOURCE[3]], ["oracle_box"])
+    assert [tuple(b["bbox_2d"]) for b in record["boxes"]] == list(SOURCE[3].boxes)
+
+
+def test_random_boxes_have_the_true_size_and_depend_on_row_and_seed_only():
+    true = [(100.0, 200.0, 250.0, 260.0), (0.0, 0.0, 1000.0, 5.0)]
+    first, again = random_boxes("a", true, 0), random_boxes("a", true, 0)
+    assert first == again
+    for box, (x1, y1, x2, y2) in zip(first, true, strict=True):
+        left, top, right, bottom = box.bbox_2d
+        assert (right - left, bottom - top) == pytest.approx((x2 - x1, y2 - y1))
+        assert 0 <= left <= right <= 1000 + 1e-9
+        assert 0 <= top <= bottom <= 1000 + 1e-9
+    assert random_boxes("b", true, 0) != first
+    assert random_boxes("a", true, 1) != first
+
+
+def test_rows_without_true_boxes_are_left_out_of_box_modes(pipeline, scripted):
+    image = np.zeros((64, 64, 3), np.uint8)
+    bare = Row("bare", "red?", "A", "mca", ("a", "b"), image_source=image)
+    records = run(pipeline, [bare, SOURCE[0]], ["default", "oracle_box", "random_box"])
+    assert [(r["mode"], r["id"] == "bare") for r in records] == [
+        ("default", True),
+        ("default", False),
+        ("oracle_box", False),
+        ("random_box", False),
+    ]
+    assert run(pipeline, [bare], ["oracle_box"]) == []
+
+
+# --- grading ----------------------------------------------------------------------------------
+
+
+def row(answer: str, form: str = "mca", options=("a", "b", "c", "d")) -> Row:
+    image = np.zeros((64, 64, 3), np.uint8)
+    return Row("row", "red?", answer, form, tuple(options), ((0, 0, 500, 500),), "", image)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "answer, in_default, elsewhere",
+    [("<answer>B</answer>", 1.0, 1.0), ("B", 1.0, 0.0), ("<answer>C</answer>", 0.0, 0.0)],
+)
+def test_only_a_direct_answer_needs_no_tag(pipeline, scripted, mode, answer, in_default, elsewhere):
+    scripted.answer = answer
+    (record,) = run(pipeline, [row("B")], [mode])
+    assert record["correct"] == (in_default if mode == "default" else elsewhere)
+    if "<answer>" in answer:
+        assert record["prediction"] == answer[8]
+    else:
+        assert record["prediction"] == ("B" if mode == "default" else None)
+
+
+def test_letters_are_those_of_the_options(pipeline, scripted):
+    assert choice_letters(4, "B") == "ABCD"
+    assert choice_letters(0, "B") == "ABCDE"
+    assert choice_letters(0, "F") == "ABCDEF"
+    assert choice_letters(0, "42") == "ABCDE"
+    scripted.answer = "<answer>F</answer>"
+    (record,) = run(pipeline, [row("F", options="abcdef")], ["p2r"])
+    assert (record["correct"], record["prediction"]) == (1.0, "F")
+
+
+def test_numbers_are_graded_as_numbers(pipeline, scripted):
+    scripted.answer = "<answer>1/2</answer>"
+    (record,) = run(pipeline, [row("0.5", "na", ())], ["p2r"])
+    assert (record["correct"], record["prediction"]) == (1.0, "1/2")
+
+
+def test_what_cannot_be_graded_is_counted_and_left_out(pipeline, scripted, tmp_path):
+    scripted.answer = "<answer>1/2</answer>"
+    writer = EvalWriter(tmp_path, "odd", pictures=0)
+    records = run(
+        pipeline, [row("no number", "na", ()), row("0.5", "na", ())], ["p2r"], on_record=writer
+    )
+    assert [r["correct"] for r in records] == [None, 1.0]
+    summary = writer.finish(records)
+    assert summary["ungraded"] == 1
+    assert summary["modes"]["p2r"]["n"] == 1
+
+
+# --- records ----------------------------------------------------------------------------------
+
+
+def test_records_are_what_scoring_reads(pipeline, scripted):
+    records = run(pipeline, [SOURCE[i] for i in range(4)], MODES)
+    assert [r["mode"] for r in records] == [m for m in MODES for _ in range(4)]
+    modes = scoring.summarize_modes("x", json.loads(json.dumps(records)))["modes"]
+    assert set(modes) == set(MODES)
+    for mode, summary in modes.items():
+        assert summary["n"] == 4
+        assert summary["perceiver_n"] == (4 if mode == "p2r" else 0)
+        assert (summary["hit_rate"] is not None) == (mode == "p2r")
+    assert modes["p2r"]["parse_ok_rate"] == 1.0
+    assert modes["default"]["parse_ok_rate"] is None
+    assert modes["oracle_box"]["boxes_per_sample"] == 1.0
+
+
+def test_malformed_boxes_show_in_the_record_and_nothing_else(pipeline, scripted):
+    scripted.boxes = "no boxes here"
+    (record,) = run(pipeline, [SOURCE[0]], ["p2r"])
+    assert (record["boxes"], record["parse_ok"], record["hit"]) == ([], False, False)
+    assert record["perceiver_text"] == "no boxes here"
+    assert "Whole: " in scripted.calls[-1][1][0]
+
+
+def test_the_writer_leaves_records_pictures_and_summary(pipeline, scripted, tmp_path):
+    writer = EvalWriter(tmp_path, "after", pictures=1)
+    records = run(pipeline, [SOURCE[0], SOURCE[1]], ["default", "p2r"], on_record=writer)
+    summary = writer.finish(records)
+    lines = (tmp_path / "eval/after.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records
+    assert json.loads((tmp_path / "eval/after.json").read_text()) == summary
+    pictured = [r for r in records if r["image"]]
+    assert [(r["mode"], len(r["crops"])) for r in pictured] == [("default", 0), ("p2r", 1)]
+    assert all((tmp_path / r["image"]).is_file() for r in pictured)
+    assert all((tmp_path / crop).is_file() for r in pictured for crop in r["crops"])
+
+
+def test_the_real_model_runs_every_mode_and_batches_change_nothing(pipeline, model):
+    """Five questions in batches of 5 and of 2, the last one short."""
+    runs = [
+        evaluate(
+            pipeline,
+            model[1],
+            evaluation_batches(SOURCE, batch, 5),
+            ["p2r", "random_box"],
+            LIMITS,
+            total=5,
+        )
+        for batch in (5, 2)
+    ]
+    by_question = [
+        {(r["id"], r["mode"]): (r["perceiver_text"], r["reasoner_text"]) for r in records}
+        for records in runs
+    ]
+    assert len(runs[0]) == 10
+    assert by_question[0] == by_question[1]

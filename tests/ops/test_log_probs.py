@@ -1,0 +1,111 @@
+"""Chunked log-probabilities equal the plain computation and never hold [tokens, V]."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from p2r_jax.ops.log_probs import masked_logits, token_log_probs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+T, E, V = 10, 8, 24
+ALLOWED = np.arange(V) % 5 != 3
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    hidden, unembedding = (rng.normal(size=(n, E)).astype(np.float32) for n in (T, V))
+    return jnp.asarray(hidden), jnp.asarray(unembedding)
+
+
+TARGETS = np.random.default_rng(1).choice(np.flatnonzero(ALLOWED), T)
+WEIGHTS = np.random.default_rng(2).normal(size=(2, T)).astype(np.float32)
+
+
+def plain(hidden, unembedding):
+    """Renormalised over what may be sampled: banned columns do not exist at all."""
+    log_p = jax.nn.log_softmax((hidden @ unembedding.T)[:, ALLOWED] / TEMPERATURE)
+    column = np.cumsum(ALLOWED)[TARGETS] - 1
+    return log_p[np.arange(T), column], -(jnp.exp(log_p) * log_p).sum(-1)
+
+
+def chunked(hidden, unembedding, chunk):
+    return token_log_probs(hidden, unembedding, TARGETS, jnp.array(ALLOWED), TEMPERATURE, chunk)
+
+
+chunks = pytest.mark.parametrize("chunk", [1, 3, 5, T, 1024])
+
+
+@chunks
+def test_values_equal_the_plain_computation(inputs, chunk):
+    for ours, expected in zip(chunked(*inputs, chunk), plain(*inputs), strict=True):
+        assert ours.shape == (T,)
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@chunks
+def test_gradients_equal_the_plain_computation(inputs, chunk):
+    """Of log-probs and entropies, for hidden states and the output matrix."""
+
+    def total(compute, *inputs):
+        log_probs, entropy = compute(*inputs)
+        return (WEIGHTS[0] * log_probs + WEIGHTS[1] * entropy).sum()
+
+    compute = functools.partial(chunked, chunk=chunk)
+    actual = jax.grad(functools.partial(total, compute), argnums=(0, 1))(*inputs)
+    expected = jax.grad(functools.partial(total, plain), argnums=(0, 1))(*inputs)
+    for ours, reference in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-5)
+    assert not np.asarray(actual[1])[~ALLOWED].any()
+
+
+def test_a_banned_target_is_finite_and_so_are_gradients(inputs):
+    """Padding may hold any token; it is masked later, where 0 times infinity would be NaN."""
+    banned = np.full(T, np.flatnonzero(~ALLOWED)[0])
+
+    def total(hidden):
+        log_probs, entropy = token_log_probs(hidden, inputs[1], banned, jnp.array(ALLOWED))
+        return jnp.where(jnp.zeros(T, bool), log_probs, 0).sum() + entropy.sum()
+
+    value, gradient = jax.value_and_grad(total)(inputs[0])
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+def test_bfloat16_inputs_give_float32_log_probs_of_their_exact_products(inputs):
+    low = [x.astype(jnp.bfloat16) for x in inputs]
+    ours, entropy = chunked(*low, 4)
+    expected, _ = plain(*(x.astype(jnp.float32) for x in low))
+    assert ours.dtype == entropy.dtype == jnp.float32
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_logits_are_at_the_sampling_temperature(inputs):
+    logits = np.asarray(masked_logits(*inputs, jnp.array(ALLOWED), TEMPERATURE))
+    expected = np.asarray(inputs[0]) @ np.asarray(inputs[1]).T / TEMPERATURE
+    np.testing.assert_allclose(logits[:, ALLOWED], expected[:, ALLOWED], rtol=1e-5, atol=1e-5)
+    assert (logits[:, ~ALLOWED] < -1e29).all()
+
+
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_memory_is_that_of_a_chunk_forward_and_backward(tokens):
+    """Temporary memory beyond inputs and outputs, as XLA plans it."""
+    width, vocabulary, chunk = 4, 4096, 32
+
+    def total(hidden, unembedding):
+        targets = jnp.zeros(tokens, jnp.int32)
+        allowed = jnp.ones(vocabulary, bool)
+        log_probs, entropy = token_log_probs(hidden, unembedding, targets, allowed, chunk=chunk)
+        return (log_probs + entropy).sum()
+
+    shapes = [jax.ShapeDtypeStruct((n, width), jnp.float32) for n in (tokens, vocabulary)]
+    compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()
+    of_a_chunk = chunk * vocabulary * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * of_a_chunk
