@@ -42,12 +42,12 @@ from p2r_jax.sft.tiny import build_tokenizer, tiny_config, write_processor_files
 class WarmStartConfig:
     """Joint supervised training of both roles."""
 
-    steps: int = 300
-    perceiver_batch: int = 96
-    reasoner_batch: int = 48
+    steps: int = 280
+    perceiver_batch: int = 64
+    reasoner_batch: int = 64
     learning_rate: float = 2e-3
     link_weight: float = 0.5
-    scenes: int = 4096
+    scenes: int = 2560
     """Scenes rendered; each gives four perceiver and two reasoner examples."""
     taught: tuple[str, ...] = ("red", "green", "blue", "circle")
     """Words whose true boxes the perceiver is shown; others get a random tile's box."""
