@@ -103,8 +103,8 @@ def render_windows(
             window = np.clip(np.concatenate([centre - half, centre + half]), 0, size)
             left, top, right, bottom = (int(v) for v in window)
         height, width = sizes.target_size(bottom - top, right - left)
-        crop = Image.fromarray(image[top:bottom, left:right])
-        crop = np.asarray(crop.resize((width, height), Image.Resampling.BICUBIC))
+        cut = Image.fromarray(image[top:bottom, left:right])
+        crop = np.asarray(cut.resize((width, height), Image.Resampling.BICUBIC))
         grid = (height // sizes.patch, width // sizes.patch)
         out.grids.append(grid)
         where = patch_coordinates(grid, sizes.merge)
@@ -187,7 +187,8 @@ def window_patches(windows: Windows, config: Qwen3VLConfig) -> Patches:
     del layout["slot"]
     x = windows.pixels.astype(np.float32) / np.float32(127.5) - 1
     x = x.reshape(*x.shape[:2], 3, 1, -1).repeat(config.vision.temporal_patch_size, axis=3)
-    return Patches(pixels=x.reshape(*x.shape[:2], -1), **layout)
+    fields = layout | {"pixels": x.reshape(*x.shape[:2], -1)}
+    return Patches(**{name: jnp.asarray(value) for name, value in fields.items()})
 
 
 def train_tower(
