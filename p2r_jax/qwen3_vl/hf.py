@@ -268,6 +268,8 @@ def save_pretrained(
                 if kept and file.name not in ("config.json", "model.safetensors.index.json"):
                     shutil.copyfile(file, temporary / file.name)
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner may read
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
