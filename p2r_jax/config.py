@@ -47,9 +47,16 @@ class BucketConfig:
     """Padded sizes a run may use, increasing; each one used is compiled once."""
 
     patches: list[int] = field(default_factory=lambda: [8192, 16384, 32768])
+    """Of all images of a prompt."""
     prompt_tokens: list[int] = field(default_factory=lambda: [2560, 4608, 8704])
+    """Of a prompt, visual tokens included."""
+    response_tokens: list[int] = field(default_factory=lambda: [64, 256, 1024])
+    """Of the completions in an update; those of a step take the smallest that holds the longest,
+    beyond the last one `max_new_tokens`."""
     canvas: list[int] = field(default_factory=lambda: [2048, 4096, 8192])
+    """Largest side of a resized image, pixels."""
     image: list[int] = field(default_factory=lambda: [2048, 4096, 8192])
+    """Largest side of a source image, pixels."""
 
 
 @dataclasses.dataclass
@@ -182,6 +189,9 @@ class TrainConfig:
         """Raise ValueError naming the first field that cannot work."""
         if not self.phases:
             raise ValueError("phases: at least one phase is needed")
+        lengths = self.buckets.response_tokens
+        if lengths != sorted(set(lengths)) or min(lengths, default=1) < 1:
+            raise ValueError(f"buckets.response_tokens must be increasing sizes, got {lengths}")
         for i, phase in enumerate(self.phases):
             for name in ("steps", "prompts", "group", "max_new_tokens", "partner_max_new_tokens"):
                 if getattr(phase, name) < 1:

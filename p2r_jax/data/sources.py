@@ -24,7 +24,7 @@ import functools
 import json
 import numbers
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -40,6 +40,10 @@ _KNOWN = ("id", "question", "answer", "answer_form", "options", "boxes", "catego
 
 class Source(Protocol):
     """Random access to rows."""
+
+    @property
+    def answer_forms(self) -> frozenset[str]:
+        """All answer forms that occur: what a run must be able to grade."""
 
     def __len__(self) -> int: ...
 
@@ -103,11 +107,12 @@ def open_file(
     records: _Records = _Parquet(path) if path.suffix == ".parquet" else _JsonLines(path)
     good, problems, total = [], [], 0
     ids: set[str] = set()
+    forms: set[str] = set()
     for number, record in records.scan():
         total += 1
         name = f"{path.name}:{number + 1}"
         try:
-            row = _row(record, name, path.parent, functools.partial(records.image, number))
+            row = _row(record, name, path.parent)
             if row.id in ids:
                 raise RowError(row.id, "id", "another row has the same id")
             _check_image(row, check_images)
@@ -123,6 +128,7 @@ def open_file(
             )
         else:
             ids.add(row.id)
+            forms.add(row.answer_form)
             good.append(number)
     listed = _list_bad_rows(problems, bad_rows)
     if problems and len(problems) > max_bad_fraction * total:
@@ -134,7 +140,7 @@ def open_file(
         )
     if not good:
         raise SourceError(f"{path}: has no rows")
-    return FileSource(path, records, np.array(good), len(problems))
+    return FileSource(path, records, np.array(good), len(problems), frozenset(forms))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,12 +152,14 @@ class FileSource:
       records: access to its raw records.
       numbers: record number of each row, [rows].
       bad: number of rows that were skipped.
+      answer_forms: of all rows.
     """
 
     path: Path
     records: _Records
     numbers: np.ndarray
     bad: int
+    answer_forms: frozenset[str]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -162,8 +170,7 @@ class FileSource:
     def __getitem__(self, index: int) -> Row:
         number = int(self.numbers[index])
         name = f"{self.path.name}:{number + 1}"
-        read_image = functools.partial(self.records.image, number)
-        return _row(self.records.read(number), name, self.path.parent, read_image)
+        return _row(self.records.read(number), name, self.path.parent)
 
 
 class _Records(Protocol):
@@ -173,14 +180,7 @@ class _Records(Protocol):
         """All records once, in order; a `RowError` stands for one that cannot be parsed."""
 
     def read(self, number: int) -> dict[str, Any] | RowError:
-        """One record.  Embedded images may be replaced by `_EMBEDDED`."""
-
-    def image(self, number: int) -> bytes:
-        """The embedded image of a record."""
-
-
-_EMBEDDED = object()
-"""Stands for an image that `_Records.image` reads when it is needed."""
+        """One record.  In place of an embedded image there may be a function that reads it."""
 
 
 class _JsonLines:
@@ -207,9 +207,6 @@ class _JsonLines:
         with open(self.path, "rb") as file:
             file.seek(self.starts[number])
             return self._parse(number, file.readline())
-
-    def image(self, number: int) -> bytes:
-        raise NotImplementedError("JSON lines hold their images in the record")
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any] | RowError:
         name = f"{self.path.name}:{number + 1}"
@@ -251,9 +248,11 @@ class _Parquet:
 
     def read(self, number: int) -> dict[str, Any] | RowError:
         record = {k: v for k, v in self.records[number].items() if v is not None}
-        return {**record, self.image_column: _EMBEDDED} if self.embedded else record
+        if self.embedded:
+            record[self.image_column] = functools.partial(self._image, number)
+        return record
 
-    def image(self, number: int) -> Any:
+    def _image(self, number: int) -> Any:
         group = int(np.searchsorted(self.group_starts, number, side="right")) - 1
         values = _row_group(self.path, group, self.image_column)
         return values[number - int(self.group_starts[group])]
@@ -274,9 +273,7 @@ def _import_parquet(path: Path) -> Any:
     return pyarrow.parquet
 
 
-def _row(
-    record: dict[str, Any] | RowError, name: str, folder: Path, read_image: functools.partial
-) -> Row:
+def _row(record: dict[str, Any] | RowError, name: str, folder: Path) -> Row:
     """The `Row` of a raw record; raises `RowError`."""
     if isinstance(record, RowError):
         raise record
@@ -298,25 +295,23 @@ def _row(
         options=tuple(record.get("options", ())),
         boxes=tuple(record.get("boxes", ())),
         category=record.get("category", ""),
-        image_source=_image_source(record, name, folder, read_image),
+        image_source=_image_source(record, name, folder),
         meta={k: v for k, v in record.items() if k not in (*_KNOWN, "image", "images")},
     )
 
 
-def _image_source(
-    record: dict[str, Any], name: str, folder: Path, read_image: functools.partial
-) -> ImageSource:
+def _image_source(record: dict[str, Any], name: str, folder: Path) -> ImageSource:
     """Where the image of a record is; nothing is read."""
     if ("image" in record) == ("images" in record):
         raise RowError(name, "image", "give either 'image' or 'images'")
     value = record.get("image", record.get("images"))
-    if value is _EMBEDDED:
-        return functools.partial(_embedded_image, read_image, name, folder)
+    if callable(value):
+        return functools.partial(_embedded_image, value, name, folder)
     return _image_value(value, name, folder)
 
 
-def _embedded_image(read_image: functools.partial, name: str, folder: Path) -> ImageSource:
-    return _image_value(read_image(), name, folder)
+def _embedded_image(read: Callable[[], Any], name: str, folder: Path) -> ImageSource:
+    return _image_value(read(), name, folder)
 
 
 def _image_value(value: Any, name: str, folder: Path) -> ImageSource:

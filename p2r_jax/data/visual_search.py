@@ -201,6 +201,9 @@ class VisualSearch:
         self.config = config or VisualSearchConfig()
         self.length = length
 
+    answer_forms = frozenset({"mca"})
+    """All questions have options."""
+
     def __len__(self) -> int:
         return self.length
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     buckets = (
         default_buckets(processor.sizes, side)
         if config.buckets is None
-        else Buckets(**{k: tuple(v) for k, v in dataclasses.asdict(config.buckets).items()})
+        else Buckets.of(config.buckets)
     )
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = load_pretrained(folder, mesh, config.dtype)

@@ -125,7 +125,7 @@ def _run_mode(
         role: Role = "direct" if mode == "default" else "baseline"
         requests = [pipeline.builder.plain(role, images, *question) for question in questions]
         cap = limits.direct if mode == "default" else limits.reasoner
-        answers = pipeline.complete(params, requests, images, cap)
+        answers = [o.text for o in pipeline.complete(params, requests, images, cap)]
     else:
         if mode == "p2r":
             found = pipeline.perceive(params, images, questions, limits.perceiver)

@@ -27,6 +27,14 @@ class Progress:
     step: int = 0
     """Over all phases."""
 
+    def after_step(self) -> Progress:
+        """One step further in the same phase."""
+        return Progress(self.phase, self.phase_step + 1, self.step + 1)
+
+    def next_phase(self) -> Progress:
+        """At the start of the following phase."""
+        return Progress(self.phase + 1, 0, self.step)
+
 
 class Checkpoints:
     """Saves and restores (Progress, TrainState, snapshot) under RUN/checkpoints."""

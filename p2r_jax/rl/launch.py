@@ -22,22 +22,29 @@ from p2r_jax.parallel.multihost import is_main
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.rl.rewards import Verifier, require_verifier
 from p2r_jax.rl.trainer import Trainer
 from p2r_jax.roles.pipeline import Pipeline
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
 
 
-def build_trainer(config: TrainConfig, console: Console) -> Trainer:
-    """Everything a run needs. Raises ValueError or FileNotFoundError naming the setting."""
+def build_trainer(
+    config: TrainConfig, console: Console, verifier: Verifier | None = None
+) -> Trainer:
+    """Everything a run needs; `verifier` grades free text.
+
+    Raises ValueError or FileNotFoundError naming the setting.
+    """
     config.validate()
     check_modes([*config.eval.modes, *config.eval.final_modes])
     folder = locate_checkpoint(config.model.path)
     prompts = load_prompt_set(config.model.prompts)
-    buckets = Buckets(**{k: tuple(v) for k, v in dataclasses.asdict(config.buckets).items()})
+    buckets = Buckets.of(config.buckets)
     processor = Processor.from_pretrained(folder, config.model.min_pixels, config.model.max_pixels)
     train_source = open_source(config.data.train, "train", config)
     validation_source = open_source(config.data.validation, "validation", config)
+    require_verifier(train_source.answer_forms | validation_source.answer_forms, verifier)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     for i, phase in enumerate(config.phases):
         if (phase.microbatch or phase.prompts) % batch_shards(mesh):
@@ -48,7 +55,7 @@ def build_trainer(config: TrainConfig, console: Console) -> Trainer:
     model = load_pretrained(folder, mesh, dtype="float32")
     graph, params = nnx.split(model, nnx.Param)
     pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, config.eval.batch)
-    return Trainer(config, pipeline, params, train_source, validation_source, console)
+    return Trainer(config, pipeline, params, train_source, validation_source, console, verifier)
 
 
 def open_source(name: str, split: str, config: TrainConfig) -> Any:
@@ -58,13 +65,13 @@ def open_source(name: str, split: str, config: TrainConfig) -> Any:
     return load_source(name, max_bad_fraction=config.data.max_bad_fraction)
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Run (or resume) a training run; returns its summary."""
+def train(config: TrainConfig, verifier: Verifier | None = None) -> dict[str, Any]:
+    """Run (or resume) a training run; returns its summary. verifier: grades free text."""
     console = Console()
     run = Path(config.run)
     if is_main():
         _check_same_config(config, run)
-    trainer = build_trainer(config, console)
+    trainer = build_trainer(config, console, verifier)
     if is_main():
         _write_config(config, run)
     size = sum(x.size for x in jax.tree.leaves(trainer.initial))

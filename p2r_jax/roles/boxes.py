@@ -26,18 +26,6 @@ MAX_ASPECT_RATIO = 200.0
 MAX_IOU = 0.5
 PLACEHOLDER_LABEL = "description"
 
-# Red, green, blue, yellow, orange, purple, cyan, magenta, at the values Pillow gives these names.
-OUTLINE_COLORS: tuple[tuple[int, int, int], ...] = (
-    (255, 0, 0),
-    (0, 128, 0),
-    (0, 0, 255),
-    (255, 255, 0),
-    (255, 165, 0),
-    (128, 0, 128),
-    (0, 255, 255),
-    (255, 0, 255),
-)
-
 _FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
 _CODE_FENCE = re.compile(r"```[a-zA-Z]*\s*(.*)```", re.DOTALL)
 

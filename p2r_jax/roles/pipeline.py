@@ -36,8 +36,22 @@ class Rollout:
     prompts: Prompts
     """B' rows: the requests, filled up to a multiple of the mesh's batch shards."""
     completions: Completions
-    texts: list[list[str]]
+    outputs: list[list[Completion]]
     """[B][G], without the filling rows."""
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """[B][G]."""
+        return [[output.text for output in group] for group in self.outputs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One completion on the host."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """With the stop token, if there is one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +97,11 @@ class Pipeline:
         completions = generate(self.graph, params, prompts, self.vocabulary, device_seeds, sampling)
         tokens, mask = to_host((completions.tokens, completions.mask))
         decode = self.builder.processor.decode
-        texts = [
-            [decode(tokens[b, g][mask[b, g]]) for g in range(sampling.group)]
-            for b in range(len(requests))
+        own = [
+            [tokens[b, g][mask[b, g]] for g in range(sampling.group)] for b in range(len(requests))
         ]
-        return Rollout(prompts, completions, texts)
+        outputs = [[Completion(decode(ids), tuple(ids.tolist())) for ids in group] for group in own]
+        return Rollout(prompts, completions, outputs)
 
     def complete(
         self,
@@ -95,7 +109,7 @@ class Pipeline:
         requests: Sequence[Request],
         images: ImageStore,
         max_new_tokens: int,
-    ) -> list[str]:
+    ) -> list[Completion]:
         """The greedy completion of each request, in order.
 
         Equal requests are answered once. Requests of similar size share a batch, so that short
@@ -107,13 +121,13 @@ class Pipeline:
             distinct, key=lambda key: (len(distinct[key].views), len(distinct[key].tokens))
         )
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
-        answers: dict[Any, str] = {}
+        answers: dict[Any, Completion] = {}
         for start in range(0, len(order), self.batch_rows):
             part = order[start : start + self.batch_rows]
             rows = [distinct[key] for key in part]
             rows += [rows[-1]] * (self.batch_rows - len(rows))
-            texts = self.sample(params, rows, images, sampling, [0] * len(rows)).texts
-            answers |= {key: text[0] for key, text in zip(part, texts, strict=False)}
+            outputs = self.sample(params, rows, images, sampling, [0] * len(rows)).outputs
+            answers |= {key: group[0] for key, group in zip(part, outputs, strict=False)}
         return [answers[key] for key in keys]
 
     def perceive(
@@ -125,8 +139,8 @@ class Pipeline:
     ) -> list[tuple[str, ParsedBoxes]]:
         """Greedy perceiver. questions: (image index, question with options, answer form)."""
         requests = [self.builder.plain("perceiver", images, *question) for question in questions]
-        texts = self.complete(params, requests, images, max_new_tokens)
-        return [(text, parse_response(text)) for text in texts]
+        outputs = self.complete(params, requests, images, max_new_tokens)
+        return [(output.text, parse_response(output.text)) for output in outputs]
 
     def reason(
         self,
@@ -141,7 +155,7 @@ class Pipeline:
             self.builder.reasoner(images, *question, own)
             for question, own in zip(questions, boxes, strict=True)
         ]
-        return self.complete(params, requests, images, max_new_tokens)
+        return [o.text for o in self.complete(params, requests, images, max_new_tokens)]
 
 
 def default_buckets(sizes: ImageSizes, image_side: int) -> Buckets:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from p2r_jax.config import BucketConfig
 from p2r_jax.ops.image import Views, render_patches
 from p2r_jax.parallel.mesh import batch_sharding, batch_shards, replicated
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
@@ -46,6 +47,11 @@ class Buckets:
     """Largest side of a resized image, pixels."""
     image: tuple[int, ...]
     """Largest side of a source image, pixels."""
+
+    @classmethod
+    def of(cls, config: BucketConfig) -> Buckets:
+        """The part of the settings that prompts need."""
+        return cls(*(tuple(getattr(config, field.name)) for field in dataclasses.fields(cls)))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

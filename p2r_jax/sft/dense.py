@@ -3,7 +3,10 @@
 A tower trained only by next-token loss never finds the tiles (they fill 3 % of the patches). So
 it is first taught, by linear heads that are thrown away, what lies in each visual token: colour
 and shape of the tile centred there, where exactly, and on crops which character it carries. The
-heads read the merged tokens and every DeepStack level.
+heads read the merged tokens and every DeepStack level, each scaled as a decoder layer scales what
+it reads: a tower trained without this writes positions into the lengths of its tokens, where the
+language model does not find them. (With it and the corner heads joint training had 19 % hits after
+100 steps and 56 % after 150, with neither 7 % and 9 %.)
 """
 
 from __future__ import annotations
@@ -23,20 +26,22 @@ from PIL import Image, ImageDraw
 
 from p2r_jax.data.visual_search import SHAPES, VisualSearch
 from p2r_jax.data.visual_search_glyphs import glyph_ink
+from p2r_jax.ops.image import OUTLINE_COLORS
 from p2r_jax.parallel.mesh import batch_sharding, replicated
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.inputs import Patches, patch_layout
 from p2r_jax.qwen3_vl.positions import Grid, patch_coordinates
 from p2r_jax.qwen3_vl.processor import ImageSizes
 from p2r_jax.qwen3_vl.vision import VisionTower
-from p2r_jax.roles.boxes import OUTLINE_COLORS, line_width, outline_rectangle
+from p2r_jax.roles.boxes import line_width, outline_rectangle
+from p2r_jax.sft.tiny import COORDINATE_STEP
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
     """Dense vision pre-training."""
 
-    steps: int = 2500
+    steps: int = 3000
     images: int = 64
     """Windows a step, never shown twice: a tower this size memorises thousands of them, and then
     reads the characters of those and no others."""
@@ -52,7 +57,8 @@ class Windows:
     """uint8 [I, N, 3*p*p], patches in merge-block order."""
     grids: list[Grid]
     labels: dict[str, np.ndarray]
-    """colour, shape, glyph: int32 [I, M]."""
+    """colour, shape, glyph: int32 [I, M]; corners, of overviews only: int32 [I, M, 4], the tile's
+    left, top, right and bottom in coordinate steps."""
     position: np.ndarray
     """Centre of the tile in the window, 0..1, [I, M, 2] as (x, y)."""
 
@@ -70,6 +76,8 @@ def _outline(image: np.ndarray, tiles: np.ndarray, rng: np.random.Generator) -> 
 
 
 WINDOWS_PER_SCENE = 4
+COORDINATES = 1000 // COORDINATE_STEP
+"""Coordinate steps across an image."""
 
 
 def render_windows(
@@ -81,10 +89,12 @@ def render_windows(
     size, budget = source.config.image_size, sizes.max_patches
     tokens = budget // sizes.merge**2
     names = ("colour", "shape", "glyph")
+    labels = {name: np.full((count, tokens), -1, np.int32) for name in names}
+    labels["corners"] = np.full((count, tokens, 4), -1, np.int32)
     out = Windows(
         np.zeros((count, budget, sizes.patch**2 * 3), np.uint8),
         [],
-        {name: np.full((count, tokens), -1, np.int32) for name in names},
+        labels,
         np.zeros((count, tokens, 2), np.float32),
     )
     for i in range(count):
@@ -120,8 +130,10 @@ def render_windows(
             token = int(y * rows) * columns + int(x * columns)
             for name in names:
                 if name != "glyph" or is_crop:
-                    out.labels[name][i, token] = tile[name]
+                    labels[name][i, token] = tile[name]
             out.position[i, token] = x, y
+            if not is_crop:
+                labels["corners"][i, token] = np.round(box / size * COORDINATES)
     return out
 
 
@@ -152,32 +164,41 @@ def dense_loss(
     """Summed over levels (merged tokens weight 1, DeepStack .5); metrics of the merged tokens."""
     visual, deepstack = tower(patches)
     features = jnp.concatenate([visual[None], deepstack])
+    features *= jax.lax.rsqrt(jnp.square(features).mean(-1, keepdims=True) + 1e-6)
     out = heads(features)
     level_weight = jnp.asarray([1.0] + [0.5] * deepstack.shape[0])
-    total, metrics = jnp.zeros(()), {}
+    metrics: dict[str, jax.Array] = {}
+
+    def over_levels(losses: jax.Array, known: jax.Array) -> jax.Array:
+        """losses: [levels, I, M, ...]; mean over where `known` [I, M, ...], weighted by level."""
+        means = jax.vmap(_masked_mean, in_axes=(0, None))(losses, known)
+        return (means * level_weight).sum()
+
+    def classify(name: str, logits: jax.Array, target: jax.Array, known: jax.Array) -> jax.Array:
+        target = jnp.broadcast_to(jnp.maximum(target, 0), logits.shape[:-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        right = (logits[0].argmax(-1) == target[0]).astype(jnp.float32)
+        metrics[name] = _masked_mean(right, labels[name] >= 0)
+        return over_levels(losses, known)
+
     # The character's dots say more than its name: eight classes alone leave the tower at chance.
-    dots, seen = labels["dots"], (labels["glyph"] >= 0).astype(jnp.float32)
-    for level in range(features.shape[0]):
-        loss = optax.sigmoid_binary_cross_entropy(out["dots"][level], dots).mean(-1)
-        total += 4 * level_weight[level] * _masked_mean(loss, seen)
-    metrics["dots"] = _masked_mean(((out["dots"][0] > 0) == (dots > 0)).mean(-1), seen)
-    for name in ("colour", "shape", "glyph"):
-        target = labels[name]
-        known = (target >= 0).astype(jnp.float32)
-        if name == "colour":  # the empty cell is a class of its own
-            target, known = target + 1, 0.2 + 0.8 * known
-        target = jnp.maximum(target, 0)
-        for level in range(features.shape[0]):
-            loss = optax.softmax_cross_entropy_with_integer_labels(out[name][level], target)
-            total += level_weight[level] * _masked_mean(loss, known)
-        right = (out[name][0].argmax(-1) == target).astype(jnp.float32)
-        metrics[name] = _masked_mean(right, (labels[name] >= 0).astype(jnp.float32))
-    present = (labels["colour"] >= 0).astype(jnp.float32)
-    for level in range(features.shape[0]):
-        error = jnp.abs(out["position"][level] - labels["position"]).sum(-1)
-        total += 4 * level_weight[level] * _masked_mean(error, present)
-        if level == 0:
-            metrics["position_l1"] = _masked_mean(error, present)
+    dots, read = labels["dots"], labels["glyph"] >= 0
+    wrong_dots = optax.sigmoid_binary_cross_entropy(
+        out["dots"], jnp.broadcast_to(dots, out["dots"].shape)
+    )
+    total = 4 * over_levels(wrong_dots.mean(-1), read)
+    metrics["dots"] = _masked_mean(((out["dots"][0] > 0) == (dots > 0)).mean(-1), read)
+
+    present = labels["colour"] >= 0
+    # The empty cell is a colour of its own.
+    total += classify("colour", out["colour"], labels["colour"] + 1, 0.2 + 0.8 * present)
+    for name in ("shape", "glyph"):
+        total += classify(name, out[name], labels[name], labels[name] >= 0)
+    corners = out["corners"].reshape(*out["corners"].shape[:-1], 4, COORDINATES + 1)
+    total += 2 * classify("corners", corners, labels["corners"], labels["corners"] >= 0)
+    distance = jnp.abs(out["position"] - labels["position"]).sum(-1)
+    total += 4 * over_levels(distance, present)
+    metrics["position_l1"] = _masked_mean(distance[0], present)
     return total, metrics | {"loss": total}
 
 
@@ -205,6 +226,7 @@ def train_tower(
         "shape": len(SHAPES),
         "glyph": len(source.config.glyphs),
         "position": 2,
+        "corners": 4 * (COORDINATES + 1),
         "dots": 35,
     }
     levels = 1 + len(config.vision.deepstack_visual_indexes)

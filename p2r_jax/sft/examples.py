@@ -21,9 +21,7 @@ from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.evidence import View
 from p2r_jax.roles.requests import ImageStore, Request, RequestBuilder
-
-COORDINATE_STEP = 50
-"""Targets use multiples of this (in 1/1000), each one token; still ordinary JSON numbers."""
+from p2r_jax.sft.tiny import COORDINATE_STEP
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,10 @@ CHAT_TEMPLATE = """\
 {% endif -%}
 """
 
+COORDINATE_STEP = 50
+"""Box corners are taught in multiples of this (in 1/1000), each number one token of the tokenizer;
+the text is still ordinary JSON."""
+
 MIN_PIXELS, MAX_PIXELS = 1024, 5184
 """Budget of every image, overview or crop: near-square images become 64x64 pixels."""
 

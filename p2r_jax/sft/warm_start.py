@@ -35,7 +35,7 @@ from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets, ImageStore, RequestBuilder
 from p2r_jax.sft.examples import ExampleMaker, Examples, box_text, pack, snapped_box
-from p2r_jax.sft.tiny import build_tokenizer, tiny_config, write_processor_files
+from p2r_jax.sft.tiny import COORDINATE_STEP, build_tokenizer, tiny_config, write_processor_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def corpus(source: VisualSearch, prompts: str = "tiny") -> list[str]:
 
     walk(prompt_set)
     words = [*source.config.colours, *SHAPES]
-    numbers = range(0, 1001, 50)
+    numbers = range(0, 1001, COORDINATE_STEP)
     texts += [f"Which character is on the {word} tile?" for word in words]
     texts += [f"Do the {a} and {b} tiles show the same character?" for a in words for b in words]
     texts += [box_text([[n] * 4] * 2, [f"{word} tile"] * 2) for word in words for n in numbers]

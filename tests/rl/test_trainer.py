@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -20,12 +21,15 @@ from flax import nnx
 from rich.console import Console
 
 from p2r_jax.config import LossConfig, PhaseConfig
+from p2r_jax.data.loader import LoadedRow
 from p2r_jax.qwen3_vl import load_pretrained
-from p2r_jax.rl import launch, trainer
+from p2r_jax.rl import experience, launch
+from p2r_jax.rl.batches import anchor_batch, training_batch
+from p2r_jax.rl.experience import Experience, Step
 from p2r_jax.rl.rewards import Reward
-from p2r_jax.rl.trainer import Experience, Trainer
+from p2r_jax.rl.trainer import Trainer
 from p2r_jax.roles.boxes import ParsedBoxes
-from p2r_jax.roles.pipeline import Rollout
+from p2r_jax.roles.pipeline import Completion, Rollout
 from p2r_jax.roles.requests import ImageStore
 from p2r_jax.rollout.engine import Completions
 from tests.rl.tiny_run import (
@@ -75,19 +79,18 @@ class Run:
         self.folder = folder
         self.weights: list[tuple[str, int, int]] = []
         with pytest.MonkeyPatch.context() as patch:
-            for role in ("perceiver", "reasoner"):
-                name = f"_{role}_experience"
-                patch.setattr(Trainer, name, self.watched(role, getattr(Trainer, name)))
+            for role, collect in experience.COLLECT.items():
+                patch.setitem(experience.COLLECT, role, self.watched(role, collect))
             self.summary = launch.train(make_config(folder, model))
         self.rows = metric_rows(folder)
         self.steps = [row for row in self.rows if row["phase"] != "eval"]
 
     def watched(self, role, collect):
-        def experience(trainer, phase, rows, images, policy, partner, *rest):
-            self.weights.append((role, fingerprint(policy), fingerprint(partner)))
-            return collect(trainer, phase, rows, images, policy, partner, *rest)
+        def watching(step):
+            self.weights.append((role, fingerprint(step.policy), fingerprint(step.partner)))
+            return collect(step)
 
-        return experience
+        return watching
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +209,7 @@ class TestExport:
         built, images, request = prompt
         pipeline = built.pipeline
         count = 12
-        ours = pipeline.complete(built.initial, [request], images, count)[0]
+        ours = pipeline.complete(built.initial, [request], images, count)[0].text
 
         model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
             whole.folder / "export", dtype=torch.float32, attn_implementation="eager"
@@ -264,8 +267,8 @@ class TestKilledAndResumed:
     @pytest.mark.parametrize(
         "every, where, call",
         [
-            pytest.param(1, "_training_batch", 2, id="within a phase"),
-            pytest.param(3, "_training_batch", 2, id="before the first checkpoint"),
+            pytest.param(1, "_step", 2, id="within a phase"),
+            pytest.param(3, "_step", 2, id="before the first checkpoint"),
             pytest.param(1, "_evaluate", 2, id="in the evaluation between two phases"),
             pytest.param(1, "_export", 1, id="after the last step"),
         ],
@@ -338,6 +341,22 @@ class TestResumingWithOtherSettings:
         launch._check_same_config(config, Path(config.run))
 
 
+class TestDataThatNothingCanGrade:
+    def test_is_refused_before_the_model_is_loaded(self, tmp_path, tiny_checkpoint, monkeypatch):
+        """Free text without a verifier: found by reading the rows, not in the first step."""
+        image = {"image": base64.b64encode(b"not looked at").decode()}
+        row = {"question": "What is it?", "answer": "a cat", "answer_form": "free_form"} | image
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        config = make_config(tmp_path / "run", tiny_checkpoint)
+        config.data.train = str(tmp_path / "rows.jsonl")
+        with monkeypatch.context() as patch:
+            patch.delattr(launch, "load_pretrained")
+            with pytest.raises(ValueError, match="'free_form', which only a verifier can grade"):
+                launch.build_trainer(config, Console(quiet=True))
+        trainer = launch.build_trainer(config, Console(quiet=True), lambda *asked: True)
+        assert trainer.grade(trainer.train_source[0], "a cat") in (0, 1)
+
+
 # --- bookkeeping of rewards -----------------------------------------------------------------------
 
 
@@ -363,13 +382,17 @@ def make_experience(values: list[list[float | None]]) -> Experience:
     )
     rewards = [[Reward(v, {} if v is None else {"answer": v}) for v in g] for g in values]
     nothing = [[ParsedBoxes((), True)] * group for _ in values]
-    rollout = Rollout(None, completions, [[""] * group] * rows)
+    rollout = Rollout(None, completions, [[Completion("", ())] * group] * rows)
     return Experience(rollout, rewards, [[]] * rows, nothing, [], [])
+
+
+def batch_of(built: Trainer, experience: Experience):
+    return training_batch(experience, built.config.loss, built.mesh)
 
 
 class TestRewards:
     def test_advantages_are_relative_to_the_group(self, built):
-        batch, metrics = built._training_batch(PHASE, make_experience([[1, 0, 0], [1, 1, 1]]))
+        batch, metrics = batch_of(built, make_experience([[1, 0, 0], [1, 1, 1]]))
         std = np.std([1, 0, 0], ddof=1)
         expected = np.array([[2 / 3, -1 / 3, -1 / 3], [0, 0, 0], [0, 0, 0]]) / std
         np.testing.assert_allclose(batch.advantages, expected, atol=1e-5)
@@ -381,14 +404,14 @@ class TestRewards:
         assert metrics["completion/truncated_fraction"] == pytest.approx(1 / 3)
 
     def test_filling_rows_are_not_trained(self, built):
-        batch, _ = built._training_batch(PHASE, make_experience([[1, 0, 0], [1, 1, 1]]))
+        batch, _ = batch_of(built, make_experience([[1, 0, 0], [1, 1, 1]]))
         assert np.asarray(batch.mask)[:2].sum() == 12
         assert not np.asarray(batch.mask)[2].any()
 
     def test_a_sample_that_cannot_be_graded_is_dropped_and_counted(self, built):
         """It is not a 0: it leaves mean, deviation, loss and denominators."""
         values = [[1, 0, None], [1, 1, 1]]
-        batch, metrics = built._training_batch(PHASE, make_experience(values))
+        batch, metrics = batch_of(built, make_experience(values))
         mask = np.asarray(batch.mask)
         assert not mask[0, 2].any()
         assert mask[0, :2].any(-1).all()
@@ -401,22 +424,33 @@ class TestRewards:
 
     def test_too_many_of_them_stop_the_run(self, built):
         with pytest.raises(RuntimeError, match=r"33% of the samples.*max_dropped_fraction = 20%"):
-            built._training_batch(PHASE, make_experience([[1, None, 0], [1, 1, None]]))
+            batch_of(built, make_experience([[1, None, 0], [1, 1, None]]))
 
     def test_sample_files_show_the_advantages_that_were_used(self, built, monkeypatch):
         loss = LossConfig(normalize_by_std=False)
         monkeypatch.setattr(built, "config", dataclasses.replace(built.config, loss=loss))
         experience = make_experience([[1, 0, None], [1, 1, 1]])
-        batch, _ = built._training_batch(PHASE, experience)
-        rows = [trainer.LoadedRow(built.train_source[i], np.zeros(1)) for i in range(2)]
+        batch, _ = batch_of(built, experience)
+        rows = [LoadedRow(built.train_source[i], np.zeros(1)) for i in range(2)]
         shown = []
 
         class Log:
             def samples(self, step, samples, rows):
                 shown.extend(sample["advantage"] for sample in samples)
 
-        built._log_samples(PHASE, trainer.Position(), rows, experience, {}, Log())
+        step = Step(PHASE, built.pipeline, None, None, rows, None, None, built.grade, None)
+        built._log_samples(step, experience, 1, Log())
         np.testing.assert_allclose(shown, np.asarray(batch.advantages)[:2].ravel(), atol=1e-6)
+
+    @pytest.mark.parametrize("lengths, padded", [((), 4), ((3,), 3), ((2, 3, 8), 3), ((2,), 4)])
+    def test_an_update_is_no_longer_than_what_was_written(self, built, lengths, padded):
+        """Completions of at most 3 tokens where 4 were allowed."""
+        experience = make_experience([[1, 0, 0], [1, 1, 1]])
+        batch, metrics = training_batch(experience, built.config.loss, built.mesh, lengths)
+        assert batch.tokens.shape == batch.mask.shape == (3, 3, padded)
+        assert batch.sampler_log_probs.shape == (3, 3, padded)
+        assert np.asarray(batch.mask).sum() == 12
+        assert metrics["completion/length_max"] == 3
 
     def test_a_broken_run_stops(self, built):
         limit = built.config.optimizer.max_skipped
@@ -438,21 +472,26 @@ class TestRoleAnchor:
             for _ in range(3)
         ]
         texts = ["one", "two", "three", "four tiles", "five", "six"]
+        encode = builder.processor.tokenizer.encode
+        outputs = [Completion(t, tuple(encode(t, add_special_tokens=False))) for t in texts]
+        outputs[0] = Completion("one", (*outputs[0].tokens, builder.processor.stop_ids[0]))
         experience = make_experience([[1, 0, 0], [1, 1, 1]])
-        return dataclasses.replace(experience, idle_requests=requests, idle_texts=texts), images
+        experience.idle_requests, experience.idle_outputs = requests, outputs
+        return experience, images
 
     def test_is_off_by_default(self, built, asked):
         assert PhaseConfig().anchor_weight == 0
-        assert built._anchor_batch(PHASE, *asked) is None
+        assert anchor_batch(PHASE, *asked, built.pipeline.builder) is None
 
     def test_repeats_what_the_snapshot_wrote_to_different_questions(self, built, asked):
         phase = dataclasses.replace(PHASE, anchor_weight=0.5, anchor_prompts=2)
-        anchor = built._anchor_batch(phase, *asked)
+        anchor = anchor_batch(phase, *asked, built.pipeline.builder)
         processor = built.pipeline.builder.processor
         assert anchor.mask.shape[:2] == (2, 1)
         for row, text in enumerate(["one", "four tiles"]):
             tokens = np.asarray(anchor.tokens)[row, 0][np.asarray(anchor.mask)[row, 0]]
-            assert tokens[-1] == processor.stop_ids[0]
             assert processor.decode(tokens) == text
+            # The second was cut at its limit: no stop token is made up for it.
+            assert (tokens[-1] == processor.stop_ids[0]) == (row == 0)
         prompts = np.asarray(anchor.prompts.tokens)
         assert (prompts[0] != prompts[1]).any()

@@ -22,7 +22,7 @@ import numpy as np
 
 from p2r_jax import config as cfg
 from p2r_jax.parallel.mesh import make_mesh
-from p2r_jax.rl import launch, trainer
+from p2r_jax.rl import experience, launch, trainer
 from p2r_jax.rl.step import make_optimizer
 from p2r_jax.roles.boxes import Box, ParsedBoxes
 
@@ -71,8 +71,8 @@ def boxes_of(text: str) -> ParsedBoxes:
     return ParsedBoxes((Box((float(x), float(y), x + 250.0, y + 250.0), "tile"),), True)
 
 
-def grade(self: Any, row: Any, answer: str) -> float:
-    return float(checksum(answer) % 2)
+def grader(verifier: Any) -> Any:
+    return lambda row, answer: float(checksum(answer) % 2)
 
 
 @functools.cache
@@ -90,8 +90,8 @@ def patches() -> list[tuple[Any, str, Any]]:
     one = jax.devices()[:1]
     return [
         (launch, "make_mesh", lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, one)),
-        (trainer, "parse_response", boxes_of),
-        (trainer.Trainer, "_grade", grade),
+        (experience, "parse_response", boxes_of),
+        (trainer, "grader", grader),
         (trainer, "make_optimizer", one_optimizer),
     ]
 

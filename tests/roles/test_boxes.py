@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ImageColor
 
+from p2r_jax.ops.image import OUTLINE_COLORS
 from p2r_jax.roles import boxes
 from p2r_jax.roles.boxes import Box, crop_rectangle, iou, outline_rectangle, parse_boxes
 
@@ -215,7 +216,7 @@ def test_rectangles_and_line_widths_equal_the_authors():
 
 def test_outlines_cycle_through_the_authors_colours():
     for case in golden("crop"):
-        ours = itertools.islice(itertools.cycle(boxes.OUTLINE_COLORS), len(case["colors"]))
+        ours = itertools.islice(itertools.cycle(OUTLINE_COLORS), len(case["colors"]))
         assert list(ours) == [ImageColor.getrgb(name) for name in case["colors"]]
 
 

@@ -14,7 +14,8 @@ from p2r_jax.roles.boxes import Box, iou, parse_boxes, parse_response
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import ImageStore, RequestBuilder
 from p2r_jax.sft.dense import WINDOWS_PER_SCENE, render_windows
-from p2r_jax.sft.examples import COORDINATE_STEP, ExampleMaker, box_text, pack, snapped_box
+from p2r_jax.sft.examples import ExampleMaker, box_text, pack, snapped_box
+from p2r_jax.sft.tiny import COORDINATE_STEP
 from p2r_jax.sft.warm_start import BUCKETS, WarmStartConfig
 from tests.tiny import random_model
 
@@ -322,6 +323,9 @@ def test_overviews_label_every_tile_and_no_character(dense_pool):
             assert dense_pool.labels["colour"][i, token] == tile["colour"]
             assert dense_pool.labels["shape"][i, token] == tile["shape"]
             np.testing.assert_allclose(dense_pool.position[i, token], centre, atol=1e-6)
+            corners = dense_pool.labels["corners"][i, token] * COORDINATE_STEP
+            assert np.abs(corners - tile["box"] * 1000 / SIZE).max() <= COORDINATE_STEP / 2
+        assert (dense_pool.labels["corners"][i, ~np.isin(range(16), labelled)] == -1).all()
 
 
 def test_a_labelled_token_shows_its_colour(dense_pool, processor):
@@ -338,6 +342,7 @@ def test_a_labelled_token_shows_its_colour(dense_pool, processor):
 def test_crops_also_label_characters(dense_pool):
     crops = [i for i in range(24) if i % WINDOWS_PER_SCENE]
     assert all((dense_pool.labels["glyph"][i] >= 0).any() for i in crops)
+    assert (dense_pool.labels["corners"][crops] == -1).all()
     for i in range(1, 24, 2):
         seen = dense_pool.labels["glyph"][i] >= 0
         np.testing.assert_array_equal(seen, dense_pool.labels["colour"][i] >= 0)

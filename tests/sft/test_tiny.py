@@ -14,8 +14,8 @@ from p2r_jax.data.visual_search import SHAPES, VisualSearchConfig
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.prompts import build_messages, load_prompt_set
-from p2r_jax.sft.examples import COORDINATE_STEP, box_text
-from p2r_jax.sft.tiny import SPECIAL_TOKENS
+from p2r_jax.sft.examples import box_text
+from p2r_jax.sft.tiny import COORDINATE_STEP, SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")

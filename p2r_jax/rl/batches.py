@@ -1,0 +1,129 @@
+"""From experience to what the compiled update takes: advantages, masks, the anchor's rows."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from p2r_jax.config import LossConfig, PhaseConfig
+from p2r_jax.parallel.mesh import batch_sharding
+from p2r_jax.parallel.multihost import to_host
+from p2r_jax.rl.advantages import group_advantages, zero_variance_groups
+from p2r_jax.rl.experience import Experience
+from p2r_jax.rl.rewards import Reward
+from p2r_jax.rl.step import AnchorBatch, TrainingBatch
+from p2r_jax.roles.requests import ImageStore, RequestBuilder
+
+
+def advantages_of(
+    rewards: list[list[Reward]], loss: LossConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values (0 where there is none), whether there is one, and advantages; [B, G] each."""
+    values = np.array([[r.value if r.value is not None else 0.0 for r in g] for g in rewards])
+    valid = np.array([[r.value is not None for r in group] for group in rewards])
+    advantages = group_advantages(values, loss.normalize_by_std, valid=valid)
+    return values, valid, np.asarray(advantages)
+
+
+def training_batch(
+    experience: Experience, loss: LossConfig, mesh: Mesh | None, lengths: Sequence[int] = ()
+) -> tuple[TrainingBatch, dict[str, float]]:
+    """The batch of an update, and metrics of what was collected.
+
+    Samples that could not be graded and filling rows are masked out. lengths: what completions may
+    be padded to instead of their limit, see `response_length`. Raises RuntimeError if more samples
+    could not be graded than `loss.max_dropped_fraction`.
+    """
+    values, valid, advantages = advantages_of(experience.rewards, loss)
+    dropped = 1.0 - valid.mean()
+    if dropped > loss.max_dropped_fraction:
+        raise RuntimeError(
+            f"{dropped:.0%} of the samples could not be graded (limit loss.max_dropped_fraction = "
+            f"{loss.max_dropped_fraction:.0%}): check the verifier and the answers of the data"
+        )
+    completions = experience.rollout.completions
+    fill = ((0, completions.tokens.shape[0] - len(values)), (0, 0))
+    where = batch_sharding(mesh) if mesh is not None else None
+    keep = jax.device_put(np.pad(valid, fill), where)
+    mask, stopped = to_host((completions.mask, completions.stopped))
+    length = response_length(int(mask.sum(-1).max()), completions.tokens.shape[2], lengths)
+    batch = TrainingBatch(
+        experience.rollout.prompts,
+        completions.tokens[:, :, :length],
+        completions.mask[:, :, :length] & keep[:, :, None],
+        completions.log_probs[:, :, :length],
+        jax.device_put(np.pad(advantages, fill), where),
+    )
+    written = mask[: len(values)].sum(-1)
+    return batch, _reward_metrics(experience, values, valid) | {
+        "reward/dropped_fraction": float(dropped),
+        "completion/length_mean": float(written.mean()),
+        "completion/length_min": float(written.min()),
+        "completion/length_max": float(written.max()),
+        "completion/truncated_fraction": float(1 - stopped[: len(values)].mean()),
+    }
+
+
+def response_length(longest: int, limit: int, lengths: Sequence[int]) -> int:
+    """Tokens that the completions of an update are padded to: the smallest of `lengths` that holds
+    the longest of them, at most `limit`. Perceivers write 40 tokens where 1024 are allowed.
+
+    >>> response_length(40, 1024, (64, 256))
+    64
+    >>> response_length(300, 1024, (64, 256))
+    1024
+    """
+    return min([limit, *(length for length in lengths if length >= longest)])
+
+
+def _reward_metrics(
+    experience: Experience, values: np.ndarray, valid: np.ndarray
+) -> dict[str, float]:
+    graded = values[valid]
+    metrics = {
+        "reward/mean": float(graded.mean()),
+        "reward/std": float(graded.std()),
+        "reward/zero_variance_groups": float(np.mean(zero_variance_groups(values, valid))),
+    }
+    parts: dict[str, list[float]] = collections.defaultdict(list)
+    for group in experience.rewards:
+        for reward in group:
+            for name, value in reward.parts.items():
+                parts[name].append(value)
+    metrics |= {f"reward/{name}": float(np.mean(v)) for name, v in parts.items()}
+    areas = [
+        (b.bbox_2d[2] - b.bbox_2d[0]) * (b.bbox_2d[3] - b.bbox_2d[1]) / 1e6
+        for group in experience.boxes
+        for parsed in group
+        for b in parsed.boxes
+    ]
+    if areas:
+        metrics["boxes/mean_area"] = float(np.mean(areas))
+    return metrics
+
+
+def anchor_batch(
+    phase: PhaseConfig, experience: Experience, images: ImageStore, builder: RequestBuilder
+) -> AnchorBatch | None:
+    """A few of the idle role's prompts of this very step, with the snapshot's greedy outputs."""
+    if not phase.anchor_weight or not experience.idle_requests:
+        return None
+    # The idle reasoner has G prompts a question: take one of each.
+    stride = max(1, len(experience.idle_requests) // phase.anchor_prompts)
+    requests = experience.idle_requests[::stride][: phase.anchor_prompts]
+    # Its tokens as they were written: an output cut at the limit has no stop token to imitate.
+    rows = [o.tokens for o in experience.idle_outputs[::stride][: phase.anchor_prompts]]
+    prompts = builder.collate(requests, images)
+    length = -(-max(map(len, rows)) // 16) * 16
+    shape = (prompts.tokens.shape[0], 1, length)
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for i, row in enumerate(rows):
+        tokens[i, 0, : len(row)] = row
+        mask[i, 0, : len(row)] = True
+    where: Any = batch_sharding(builder.mesh) if builder.mesh is not None else None
+    return AnchorBatch(prompts, jax.device_put(tokens, where), jax.device_put(mask, where))
