@@ -41,7 +41,7 @@ from p2r_jax.sft.tiny import COORDINATE_STEP
 class DenseConfig:
     """Dense vision pre-training."""
 
-    steps: int = 3000
+    steps: int = 4500
     images: int = 64
     """Windows a step, never shown twice: a tower this size memorises thousands of them, and then
     reads the characters of those and no others."""
@@ -76,16 +76,24 @@ def _outline(image: np.ndarray, tiles: np.ndarray, rng: np.random.Generator) -> 
 
 
 WINDOWS_PER_SCENE = 4
+CLOSEST_AT_END = 0.6
+"""How far the closest zooms have been left behind when training ends."""
 COORDINATES = 1000 // COORDINATE_STEP
 """Coordinate steps across an image."""
 
 
 def render_windows(
-    source: VisualSearch, first: int, count: int, sizes: ImageSizes, rng: np.random.Generator
+    source: VisualSearch,
+    first: int,
+    count: int,
+    sizes: ImageSizes,
+    rng: np.random.Generator,
+    closest: float = 0.0,
 ) -> Windows:
     """`count` windows of the scenes from `first` on: of each scene one overview (a third of them
     annotated), then crops at all aspects that a padded box around a tile can give, cut off at the
-    border of the image, and at closer zooms as well: reading starts there."""
+    border of the image. `closest`: 0 for closer zooms as well, since reading starts there; at 0.6
+    all are as wide as a perceiver's crops."""
     size, budget = source.config.image_size, sizes.max_patches
     tokens = budget // sizes.merge**2
     names = ("colour", "shape", "glyph")
@@ -109,7 +117,7 @@ def render_windows(
             image = scene.image
             tile = scene.tiles[rng.integers(len(scene.tiles))]
             centre = (tile["box"][:2] + tile["box"][2:]) / 2 + rng.uniform(-0.03, 0.03, 2) * size
-            half = 0.05 * 4 ** rng.random() * size * rng.uniform(0.88, 1.12, 2)
+            half = 0.05 * 4 ** rng.uniform(closest, 1) * size * rng.uniform(0.88, 1.12, 2)
             window = np.clip(np.concatenate([centre - half, centre + half]), 0, size)
             left, top, right, bottom = (int(v) for v in window)
         height, width = sizes.target_size(bottom - top, right - left)
@@ -261,7 +269,8 @@ def train_tower(
     scenes = dense.images // WINDOWS_PER_SCENE
 
     def batch(i: int) -> tuple[Patches, dict[str, np.ndarray]]:
-        windows = render_windows(source, i * scenes, dense.images, sizes, rng)
+        closest = CLOSEST_AT_END * min(1.0, i / dense.steps)
+        windows = render_windows(source, i * scenes, dense.images, sizes, rng, closest)
         labels = windows.labels | {"position": windows.position}
         return window_patches(windows, config), labels | {"dots": dots[labels["glyph"]]}
 
