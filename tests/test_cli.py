@@ -297,7 +297,7 @@ def test_a_missing_prompt_module_is_named(capsys, tmp_path):
 def test_ask_prints_the_answer_and_saves_the_picture(
     capsys, monkeypatch, tmp_path, tiny_checkpoint, picture
 ):
-    from p2r_jax.roles.pipeline import Pipeline
+    from p2r_jax.roles.pipeline import Completion, Pipeline
 
     texts = iter(
         [
@@ -305,7 +305,7 @@ def test_ask_prints_the_answer_and_saves_the_picture(
             "<think>it is 2</think><answer>B</answer>",
         ]
     )
-    monkeypatch.setattr(Pipeline, "complete", lambda *args: [next(texts)])
+    monkeypatch.setattr(Pipeline, "complete", lambda *args: [Completion(next(texts), ())])
     out = tmp_path / "answer.png"
     argv = ["--image", picture, "--model", str(tiny_checkpoint), "--out", str(out)]
     assert cli.main(["ask", "Which?", *argv, "--options", '["H", "2"]']) == 0

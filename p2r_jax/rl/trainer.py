@@ -30,6 +30,7 @@ from rich.progress import Progress as ProgressBar
 
 from p2r_jax.config import PhaseConfig, TrainConfig
 from p2r_jax.data.loader import LoadedRow, training_batches
+from p2r_jax.parallel.compilations import Compilations
 from p2r_jax.parallel.mesh import parameter_shardings
 from p2r_jax.parallel.multihost import is_main, to_host
 from p2r_jax.qwen3_vl.hf import save_pretrained
@@ -161,7 +162,7 @@ class Trainer:
         log: RunLog,
     ) -> tuple[TrainState, dict[str, float]]:
         """Collect experience and make one update."""
-        clock = Clock(self.stages)
+        clock, compiled = Clock(self.stages), Compilations()
         builder = self.pipeline.builder
         with clock("upload"):
             images = ImageStore.upload([r.image for r in rows], builder.buckets, self.mesh)
@@ -205,6 +206,8 @@ class Trainer:
         metrics["skipped_steps"] = int(state.skipped)
         metrics |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
         metrics["time/step"] = sum(clock.seconds.values())
+        metrics |= {"compile/count": compiled.count, "compile/seconds": compiled.seconds}
+        compiled.close()
         if progress.step % self.config.log.samples_every == 0:
             self._log_samples(step, experience, progress.step + 1, log)
         return state, metrics

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
 from rich.console import Console
+from rich.progress import Progress
 
 from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.parallel.mesh import make_mesh
@@ -43,45 +47,52 @@ def make_warm_start(
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder or delete it first")
     console = Console(highlight=False)
-    dense = DenseConfig(seed=seed)
-    if dense_steps is not None:
-        dense = dataclasses.replace(dense, steps=dense_steps)
-    joint = WarmStartConfig(seed=seed)
-    if steps is not None:
-        joint = dataclasses.replace(joint, steps=steps)
+    dense = DenseConfig(seed=seed) if dense_steps is None else DenseConfig(dense_steps, seed=seed)
+    joint = WarmStartConfig(seed=seed) if steps is None else WarmStartConfig(steps, seed=seed)
     source = VisualSearch("train", seed=seed)
-    files = out.with_name(f".{out.name}.files")
-    processor = write_tiny_files(source, files)
-    model = Qwen3VL(processor.config, nnx.Rngs(seed))
-    size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
-    console.print(f"{size:,} parameters, {len(processor.tokenizer)} tokens")
-    times = {}
     mesh = make_mesh(data=-1, fsdp=1)
-    begin = time.perf_counter()
-    if tower is None:
-        for row in train_tower(
-            model.visual, processor.config, processor.sizes, source, dense, mesh
-        ):
-            console.print("dense " + _line(row))
-        nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
-    else:
-        nnx.update(model.visual, nnx.state(load_pretrained(tower, dtype="float32").visual))
-    times["dense_seconds"] = round(time.perf_counter() - begin, 1)
-    begin = time.perf_counter()
-    builder = RequestBuilder(processor, load_prompt_set("tiny"), BUCKETS)
-    pools = make_pool(model, builder, source, joint)
-    for row in train_roles(model, pools, joint, mesh):
-        console.print("roles " + _line(row))
-    times["joint_seconds"] = round(time.perf_counter() - begin, 1)
-    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
-    save_pretrained(model, out, files_from=files, dtype="float32")
-    for file in files.iterdir():
-        file.unlink()
-    files.rmdir()
-    made = {"dense": dataclasses.asdict(dense), "joint": dataclasses.asdict(joint)} | times
+    made: dict[str, Any] = {"command": f"p2r sft --out DIR --seed {seed}"}
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder)
+        processor = write_tiny_files(source, files)
+        model = Qwen3VL(processor.config, nnx.Rngs(seed))
+        size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+        console.print(f"{size:,} parameters, {len(processor.tokenizer)} tokens")
+        if tower is None:
+            rows = train_tower(model.visual, processor.config, processor.sizes, source, dense, mesh)
+            made["dense"] = _follow(rows, "dense", dense, console)
+            _to_one_device(model)
+        else:
+            nnx.update(model.visual, nnx.state(load_pretrained(tower, dtype="float32").visual))
+            made["tower"] = tower
+        builder = RequestBuilder(processor, load_prompt_set("tiny"), BUCKETS)
+        pools = make_pool(model, builder, source, joint)
+        made["joint"] = _follow(train_roles(model, pools, joint, mesh), "joint", joint, console)
+        _to_one_device(model)
+        save_pretrained(model, out, files_from=files, dtype="bfloat16")
     (out / "made_by.json").write_text(json.dumps(made, indent=2) + "\n")
     console.print(f"wrote {out}")
 
 
-def _line(row: dict[str, float]) -> str:
-    return "  ".join(f"{k} {v:.3g}" for k, v in row.items())
+def _to_one_device(model: Qwen3VL) -> None:
+    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+
+
+def _follow(
+    rows: Iterator[dict[str, float]],
+    stage: str,
+    settings: DenseConfig | WarmStartConfig,
+    console: Console,
+) -> dict[str, Any]:
+    """Run a stage to its end, showing progress and metrics; returns what to remember of it."""
+    begin, row = time.perf_counter(), {}
+    with Progress(console=console) as progress:
+        task = progress.add_task(stage, total=settings.steps)
+        for row in rows:
+            progress.update(task, completed=row["step"])
+            console.print(stage, "  ".join(f"{k} {v:.3g}" for k, v in row.items()))
+    return {
+        "settings": dataclasses.asdict(settings),
+        "last_metrics": {k: round(float(v), 4) for k, v in row.items()},
+        "seconds": round(time.perf_counter() - begin, 1),
+    }

@@ -23,7 +23,7 @@ from p2r_jax.evals.runner import (
 )
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.processor import Processor
-from p2r_jax.roles.pipeline import Pipeline
+from p2r_jax.roles.pipeline import Completion, Pipeline
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
 
@@ -62,7 +62,8 @@ def scripted(monkeypatch):
         def __call__(self, pipeline, params, requests, images, max_new_tokens):
             texts = [pipeline.builder.processor.tokenizer.decode(r.tokens) for r in requests]
             self.calls.append((requests, texts, max_new_tokens))
-            return [self.boxes if "Find: " in text else self.answer for text in texts]
+            written = [self.boxes if "Find: " in text else self.answer for text in texts]
+            return [Completion(text, ()) for text in written]
 
     script = Script()
     monkeypatch.setattr(Pipeline, "complete", lambda *args: script(*args))

@@ -136,7 +136,7 @@ class TestWhatARunLeavesBehind:
             "completion/truncated_fraction loss/policy loss/total entropy/mean kl/mean ratio "
             "approx_kl clip_low_fraction clip_high_fraction dual_clip_fraction sampler_gap/mean "
             "sampler_gap/max grad_norm lr skipped_steps time/step time/upload time/rollout "
-            "time/partner time/reward time/update"
+            "time/partner time/reward time/update compile/count compile/seconds"
         )
         own = {
             "perceiver": "overlap_penalty label_penalty parse_ok empty boxes",
@@ -148,6 +148,12 @@ class TestWhatARunLeavesBehind:
             assert all(np.isfinite(row[name]) for name in expected)
             assert 1 <= row["completion/length_min"] <= row["completion/length_max"] <= TOKENS
             assert row["skipped_steps"] == 0
+
+    def test_a_phase_compiles_its_programs_in_its_first_step(self, whole):
+        """Whatever images, boxes and texts come later: with one bucket of each kind."""
+        counts = [row["compile/count"] for row in whole.steps]
+        assert counts[0] > 0
+        assert (counts[1], counts[3]) == (0, 0)
 
     def test_rewards_vary_or_these_tests_would_prove_little(self, whole):
         assert all(row["reward/zero_variance_groups"] < 1 for row in whole.steps)
@@ -253,7 +259,10 @@ def assert_same_outcome(run: Path, whole: Run) -> None:
     assert (run / weights).read_bytes() == (whole.folder / weights).read_bytes()
 
     def figures(rows):
-        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+        return [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "compile/"))}
+            for row in rows
+        ]
 
     assert figures(metric_rows(run)) == figures(whole.rows)
     for file in sorted((whole.folder / "samples").glob("*.jsonl")):

@@ -14,7 +14,7 @@ from PIL import Image
 from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.processor import Processor
-from p2r_jax.roles.pipeline import Pipeline, default_buckets, perceive_and_reason
+from p2r_jax.roles.pipeline import Completion, Pipeline, default_buckets, perceive_and_reason
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets, ImageStore, Request
 
@@ -61,7 +61,7 @@ def scripted(monkeypatch, perceiver: str, reasoner: str) -> list[Request]:
 
     def complete(self, params, requests, images, max_new_tokens):
         seen.extend(requests)
-        return [perceiver if len(seen) == 1 else reasoner for _ in requests]
+        return [Completion(perceiver if len(seen) == 1 else reasoner, ()) for _ in requests]
 
     monkeypatch.setattr(Pipeline, "complete", complete)
     return seen
