@@ -84,10 +84,10 @@ class PhaseConfig:
     """The partner decodes greedily."""
     microbatch: int = 0
     """Prompts per gradient microbatch; 0 = all at once. The gradient does not depend on it."""
-    anchor_weight: float = 0.0
+    role_anchor: float = 0.0
     """Role anchor, an addition to the paper: weight of the cross-entropy on the phase snapshot's
     own greedy outputs for the idle role. 0 = the authors' method."""
-    anchor_prompts: int = 16
+    role_anchor_prompts: int = 16
 
 
 @dataclasses.dataclass
@@ -203,9 +203,11 @@ class TrainConfig:
                 )
             if phase.temperature <= 0:
                 raise ValueError(f"phases[{i}].temperature must be above 0: training samples")
-            if phase.anchor_weight and not 1 <= phase.anchor_prompts <= phase.prompts:
-                raise ValueError(f"phases[{i}].anchor_prompts must be 1 to phases[{i}].prompts")
-            if phase.anchor_weight and phase.role == "baseline":
+            if phase.role_anchor and not 1 <= phase.role_anchor_prompts <= phase.prompts:
+                raise ValueError(
+                    f"phases[{i}].role_anchor_prompts must be 1 to phases[{i}].prompts"
+                )
+            if phase.role_anchor and phase.role == "baseline":
                 raise ValueError(f"phases[{i}]: the baseline has no idle role to anchor")
 
 

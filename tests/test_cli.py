@@ -116,7 +116,7 @@ def test_the_released_recipe_is_the_authors(name):
         assert (phase.steps, phase.prompts, phase.group) == (156, 64, 8)
         assert phase.temperature == 1.0
         assert phase.partner_max_new_tokens == 2048
-        assert phase.anchor_weight == 0
+        assert phase.role_anchor == 0
     assert (perceiver.role, perceiver.max_new_tokens) == ("perceiver", 1024)
     assert (reasoner.role, reasoner.max_new_tokens) == ("reasoner", 2048)
     assert (config.model.min_pixels, config.model.max_pixels) == (4096, 2_097_152)
@@ -198,8 +198,8 @@ def test_a_missing_config_file_is_named(capsys):
         ({"steps": 0}, "phases[0].steps"),
         ({"prompts": 6, "microbatch": 4}, "phases[0].microbatch"),
         ({"temperature": 0.0}, "phases[0].temperature"),
-        ({"anchor_weight": 0.5, "anchor_prompts": 65}, "phases[0].anchor_prompts"),
-        ({"role": "baseline", "anchor_weight": 0.5}, "phases[0]"),
+        ({"role_anchor": 0.5, "role_anchor_prompts": 65}, "phases[0].role_anchor_prompts"),
+        ({"role": "baseline", "role_anchor": 0.5}, "phases[0]"),
     ],
 )
 def test_a_field_that_cannot_work_is_named(capsys, tmp_path, phase, field):

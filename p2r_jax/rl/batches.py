@@ -111,13 +111,13 @@ def anchor_batch(
     phase: PhaseConfig, experience: Experience, images: ImageStore, builder: RequestBuilder
 ) -> AnchorBatch | None:
     """A few of the idle role's prompts of this very step, with the snapshot's greedy outputs."""
-    if not phase.anchor_weight or not experience.idle_requests:
+    if not phase.role_anchor or not experience.idle_requests:
         return None
     # The idle reasoner has G prompts a question: take one of each.
-    stride = max(1, len(experience.idle_requests) // phase.anchor_prompts)
-    requests = experience.idle_requests[::stride][: phase.anchor_prompts]
+    stride = max(1, len(experience.idle_requests) // phase.role_anchor_prompts)
+    requests = experience.idle_requests[::stride][: phase.role_anchor_prompts]
     # Its tokens as they were written: an output cut at the limit has no stop token to imitate.
-    rows = [o.tokens for o in experience.idle_outputs[::stride][: phase.anchor_prompts]]
+    rows = [o.tokens for o in experience.idle_outputs[::stride][: phase.role_anchor_prompts]]
     prompts = builder.collate(requests, images)
     length = -(-max(map(len, rows)) // 16) * 16
     shape = (prompts.tokens.shape[0], 1, length)

@@ -300,7 +300,7 @@ def anchor_loss(
         "horizon",
         "microbatches",
         "freeze_vision",
-        "anchor_weight",
+        "role_anchor",
         "remat",
         "dtype",
         "layout",
@@ -321,7 +321,7 @@ def train_step(
     horizon: int,
     microbatches: int = 1,
     freeze_vision: bool = False,
-    anchor_weight: float = 0.0,
+    role_anchor: float = 0.0,
     remat: bool = False,
     dtype: Any = jnp.float32,
     layout: Layout | None = None,
@@ -376,8 +376,8 @@ def train_step(
             state.params, graph, anchor, allowed, **shared
         )
         metrics["loss/anchor"] = idle
-        if anchor_weight:
-            grads = jax.tree.map(lambda g, a: g + anchor_weight * a, grads, anchor_grads)
+        if role_anchor:
+            grads = jax.tree.map(lambda g, a: g + role_anchor * a, grads, anchor_grads)
     metrics["grad_norm"] = optax.global_norm(grads)
 
     finite = jnp.isfinite(metrics["grad_norm"])

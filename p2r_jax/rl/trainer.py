@@ -193,7 +193,7 @@ class Trainer:
                 horizon=phase.max_new_tokens,
                 microbatches=phase.prompts // phase.microbatch if phase.microbatch else 1,
                 freeze_vision=self.config.optimizer.freeze_vision,
-                anchor_weight=phase.anchor_weight,
+                role_anchor=phase.role_anchor,
                 remat=self.config.model.remat,
                 dtype=self.dtype,
                 layout=self._state_layout,

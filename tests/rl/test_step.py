@@ -286,7 +286,7 @@ class TestGradient:
         mask = np.arange(R) < np.array([4, 6, 1, 0] * 3)[:, None, None]
         anchor = jax.tree.map(jnp.asarray, AnchorBatch(make_prompts(names), tokens, mask))
         state, metrics = step(
-            model, make_batch(), snapshot_log_probs, allowed, anchor=anchor, anchor_weight=0.5
+            model, make_batch(), snapshot_log_probs, allowed, anchor=anchor, role_anchor=0.5
         )
         own = slow_gradient(model, allowed, -(mask / mask.sum()), tokens, mask, names)
         expected = jax.tree.map(lambda g, a: g + 0.5 * a, first[0].opt_state, own)

@@ -489,11 +489,11 @@ class TestRoleAnchor:
         return experience, images
 
     def test_is_off_by_default(self, built, asked):
-        assert PhaseConfig().anchor_weight == 0
+        assert PhaseConfig().role_anchor == 0
         assert anchor_batch(PHASE, *asked, built.pipeline.builder) is None
 
     def test_repeats_what_the_snapshot_wrote_to_different_questions(self, built, asked):
-        phase = dataclasses.replace(PHASE, anchor_weight=0.5, anchor_prompts=2)
+        phase = dataclasses.replace(PHASE, role_anchor=0.5, role_anchor_prompts=2)
         anchor = anchor_batch(phase, *asked, built.pipeline.builder)
         processor = built.pipeline.builder.processor
         assert anchor.mask.shape[:2] == (2, 1)
