@@ -134,7 +134,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
         [ChartGroup(n, c, n in _FAMILIES or not known) for n, c in groups.items() if c],
         phases,
         span,
-        last - first + 1,
+        phases[-1].last - phases[0].first + 1 if phases else last - first + 1,
     )
 
 
@@ -267,8 +267,7 @@ def _phases(rows: Iterable[Mapping[str, Any]], first: int, last: int) -> list[Ph
         int(row["step"]): (row["phase"], row.get("round"))
         for row in rows
         # A row of evaluation results alone may stand between phases.
-        if isinstance(row.get("phase"), str)
-        and any(not k.startswith("eval/") for k in row if k not in {*_NOT_METRICS, "phase"})
+        if isinstance(row.get("phase"), str) and not _is_evaluation(row)
     }
     runs: list[tuple[str, int | None, int, int]] = []
     for step in sorted(seen):
@@ -284,6 +283,11 @@ def _phases(rows: Iterable[Mapping[str, Any]], first: int, last: int) -> list[Ph
         Phase(*run, left=left if i else LEFT, right=right, style=names.index(run[0]) % 4)
         for i, (run, left, right) in enumerate(zip(runs, edges, edges[1:], strict=False))
     ]
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    own = {*_NOT_METRICS, "phase", "name"}
+    return row["phase"] == "eval" or all(k.startswith("eval/") for k in row if k not in own)
 
 
 def _split(points: Sequence[tuple[int, float]], phases: Sequence[Phase]) -> list[list]:

@@ -174,10 +174,10 @@ def _summary(run: Path, notes: list[str]) -> dict[str, Any]:
     summary = read_json(run / "summary.json", notes)
     entries: dict[str, dict[str, Any]] = {}
     for name, value in summary.items():
-        if isinstance(value, dict) and isinstance(value.get("modes"), dict):
+        if _has_accuracy(value):  # The headline mode; all modes are in the evaluation table.
+            entries[name] = {k: v for k, v in value.items() if k != "modes"}
+        elif isinstance(value, dict) and isinstance(value.get("modes"), dict):
             entries |= {f"{name}, {m}": v for m, v in value["modes"].items() if _has_accuracy(v)}
-        elif _has_accuracy(value):
-            entries[name] = value
     shown = ("accuracy", "low", "high", "n")
     numbers = [k for e in entries.values() for k, v in e.items() if is_number(v)]
     figures = [k for k in numbers if k not in shown and not k.startswith("hit_")]
@@ -352,8 +352,8 @@ def _has_accuracy(value: Any) -> bool:
 
 
 def _eval_order(name: str) -> tuple[int, list[Any]]:
-    """`before...` first, `after...` last, steps in numeric order between."""
-    rank = 0 if name.startswith("before") else 2 if name.startswith("after") else 1
+    """`before` first, `after` last, other names in numeric order between."""
+    rank = 0 if name.startswith("before") else 2 if name == "after" else 1
     return rank, natural(name)
 
 

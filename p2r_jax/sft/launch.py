@@ -90,7 +90,8 @@ def _follow(
         task = progress.add_task(stage, total=settings.steps)
         for row in rows:
             progress.update(task, completed=row["step"])
-            console.print(stage, "  ".join(f"{k} {v:.3g}" for k, v in row.items()))
+            figures = "  ".join(f"{k} {v:.3g}" for k, v in row.items())
+            console.print(f"{stage} {figures}", soft_wrap=True)
     return {
         "settings": dataclasses.asdict(settings),
         "last_metrics": {k: round(float(v), 4) for k, v in row.items()},

@@ -19,6 +19,15 @@ def test_phases_are_found_and_labelled():
     assert all(a[1] == b[0] for a, b in itertools.pairwise(edges))
 
 
+def test_an_evaluation_between_phases_is_no_phase_and_no_step():
+    rows = [{"step": s, "phase": "ab"[(s - 1) // 5], "round": 0, "x": 1.0} for s in range(1, 11)]
+    for step, name in ((0, "before"), (5, "after_phase1_a"), (10, "after")):
+        rows.append({"step": step, "phase": "eval", "name": name, "eval/p2r/accuracy": 0.5})
+    curves = charts.curves(rows)
+    assert [(p.label, p.first, p.last) for p in curves.phases] == [("a 0", 1, 5), ("b 0", 6, 10)]
+    assert curves.steps == 10
+
+
 def test_the_mean_restarts_with_a_phase():
     rows = [{"step": s, "phase": "ab"[s // 20], "x": float(s // 20)} for s in range(40)]
     (chart,) = charts.curves(rows).groups[0].charts

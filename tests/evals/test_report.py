@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from p2r_jax.evals import run_folder
+from p2r_jax.evals import report, run_folder
 from p2r_jax.evals.report import duration, number, percent, write_report
 
 
@@ -370,3 +370,8 @@ def answer(id_: str, **fields: Any) -> dict[str, Any]:
         "crops": [],
         **fields,
     }
+
+
+def test_evaluations_are_listed_in_the_order_they_were_made():
+    names = ["after", "after_phase10_perceiver", "after_phase2_reasoner", "before"]
+    assert sorted(names, key=report._eval_order) == names[::-1]
