@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -23,11 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     from p2r_jax.data.rows import RowError
     from p2r_jax.data.sources import SourceError
+    from p2r_jax.rl.stop import RunStopped
 
     _, run, _ = COMMANDS[parsed.command]
     try:
         run(parsed[parsed.command])
-    except (FileNotFoundError, FileExistsError, RowError, SourceError, ValueError) as error:
+    except (OSError, RowError, SourceError, ValueError, RunStopped) as error:
         if os.environ.get("P2R_TRACEBACK"):
             raise
         print(f"p2r {parsed.command}: {error}", file=sys.stderr)
@@ -83,7 +84,7 @@ def _ask_parser() -> ArgumentParser:
     parser.add_argument("--options", type=list[str], default=[], help='e.g. ["red","blue"]')
     parser.add_argument("--prompts", type=str | None, default=None, help="prompt set")
     parser.add_argument("--out", type=str, default="p2r_ask.png", help="picture to write")
-    parser.add_argument("--dtype", type=str, default="float32")
+    parser.add_argument("--dtype", type=Literal["float32", "bfloat16"], default="float32")
     parser.add_argument("--max_pixels", type=int | None, default=None)
     return parser
 
@@ -151,6 +152,7 @@ def _sft(args: Namespace) -> None:
 
 def _prompts_parser() -> ArgumentParser:
     parser = ArgumentParser()
+    parser.add_argument("action", choices=["import"], help="make a prompt set from FILE")
     parser.add_argument("file", type=str, help="the authors' evaluation/prompt.py")
     parser.add_argument("--out", type=str, required=True, help="YAML file to write")
     parser.add_argument("--newline_after_image", type=bool, default=False)
@@ -192,7 +194,10 @@ def _scene(args: Namespace) -> None:
 
     from p2r_jax.data.sources import load_source
 
-    row = load_source("visual_search", split=args.split)[args.index]
+    source = load_source("visual_search", split=args.split)
+    if not 0 <= args.index < len(source):
+        raise ValueError(f"--index must be 0 to {len(source) - 1}, is {args.index}")
+    row = source[args.index]
     Image.fromarray(row.load_image()).save(args.out)
     print(f"{row.question_with_options}\nright answer: {row.answer}\npicture: {args.out}")
 
@@ -203,7 +208,7 @@ COMMANDS: dict[str, tuple[Any, Any, str]] = {
     "ask": (_ask_parser, _ask, "ask one question about one image"),
     "report": (_report_parser, _report, "one HTML page of a run"),
     "sft": (_sft_parser, _sft, "make the embedded tiny checkpoint"),
-    "import-prompts": (_prompts_parser, _prompts, "prompt set from the authors' prompt.py"),
+    "prompts": (_prompts_parser, _prompts, "import a prompt set"),
     "scene": (_scene_parser, _scene, "draw a scene of the procedural task and ask about it"),
     "probe": (_probe_parser, _probe, "prove that visual_search needs the crop"),
 }

@@ -30,8 +30,9 @@ class MeshConfig:
 class ModelConfig:
     path: str = "tiny"
     """A Hugging Face checkpoint folder, or `tiny`: the checkpoint inside this package."""
-    prompts: str = "default"
-    """Prompt set: the name of a shipped one, or a YAML file."""
+    prompts: str | None = None
+    """Prompt set: the name of a shipped one, or a YAML file; None = the one that suits the
+    checkpoint (`tiny` for the embedded model, else `default`)."""
     min_pixels: int | None = None
     """Per image, crops too; None = what the checkpoint's preprocessor_config.json says."""
     max_pixels: int | None = None
@@ -189,6 +190,12 @@ class TrainConfig:
         """Raise ValueError naming the first field that cannot work."""
         if not self.phases:
             raise ValueError("phases: at least one phase is needed")
+        for name in ("eval.batch", "log.samples_every", "checkpoint.every", "checkpoint.keep"):
+            part, field_name = name.split(".")
+            if getattr(getattr(self, part), field_name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.loss.dual_clip is not None and self.loss.dual_clip <= 1:
+            raise ValueError(f"loss.dual_clip must be above 1 or null, got {self.loss.dual_clip}")
         lengths = self.buckets.response_tokens
         if lengths != sorted(set(lengths)) or min(lengths, default=1) < 1:
             raise ValueError(f"buckets.response_tokens must be increasing sizes, got {lengths}")
@@ -223,8 +230,9 @@ class EvalConfig:
     modes: list[str] = field(default_factory=lambda: ["default", "p2r", "oracle_box", "random_box"])
     """default (direct answer), baseline, p2r, oracle_box (true boxes), random_box."""
     prompts: str | None = None
-    """Prompt set; None = the model's own (`tiny` for the embedded model, else `default`)."""
-    limit: int = 1000
+    """As `model.prompts` of training."""
+    limit: int | None = None
+    """Questions; None = 1000 of `visual_search`, all rows of a file."""
     offset: int = 0
     seed: int = 0
     batch: int = 64

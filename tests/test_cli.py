@@ -285,7 +285,7 @@ def test_a_warm_start_never_overwrites(capsys, tmp_path):
 
 
 def test_a_missing_prompt_module_is_named(capsys, tmp_path):
-    argv = ["import-prompts", "nowhere.py", "--out", str(tmp_path / "own.yaml")]
+    argv = ["prompts", "import", "nowhere.py", "--out", str(tmp_path / "own.yaml")]
     code, err = run(capsys, *argv)
     assert code == 2
     assert "nowhere.py" in one_line(err)

@@ -10,11 +10,11 @@ from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.evals.runner import TokenLimits, evaluate
 from p2r_jax.evals.scoring import summarize_modes
 from p2r_jax.qwen3_vl import load_pretrained
-from p2r_jax.qwen3_vl.locate import default_prompt_set, locate_checkpoint
+from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.answers import has_answer_tag
 from p2r_jax.roles.boxes import parse_response
-from p2r_jax.roles.pipeline import Pipeline, perceive_and_reason
+from p2r_jax.roles.pipeline import Pipeline, default_prompt_set, perceive_and_reason
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.sft.dense import DenseConfig
 from p2r_jax.sft.warm_start import BUCKETS, WarmStartConfig
@@ -28,7 +28,6 @@ def test_the_embedded_model_plays_both_roles():
         row.load_image(),
         row.question,
         options=row.options,
-        prompts=default_prompt_set(folder),
     )
     assert parse_response(result.perceiver_text).well_formed
     assert len(result.boxes) == 1
@@ -42,7 +41,7 @@ def test_it_is_the_weak_start_that_the_readme_describes():
     folder = locate_checkpoint("tiny")
     processor = Processor.from_pretrained(folder)
     graph, params = nnx.split(load_pretrained(folder, dtype="float32"), nnx.Param)
-    prompts = load_prompt_set(default_prompt_set(folder))
+    prompts = load_prompt_set(default_prompt_set(processor.config))
     pipeline = Pipeline.create(graph, processor, prompts, BUCKETS, batch_rows=64)
     batches = evaluation_batches(VisualSearch("test", seed=0), 64, 128)
     modes = ("default", "p2r", "oracle_box")

@@ -216,7 +216,7 @@ class _JsonLines:
             return RowError(name, "(line)", f"is not JSON: {error}")
         if not isinstance(record, dict):
             return RowError(name, "(line)", f"must be a JSON object, is {type(record).__name__}")
-        return record
+        return {field: value for field, value in record.items() if value is not None}
 
 
 class _Parquet:
@@ -355,7 +355,7 @@ def _list_bad_rows(
         return None
     path = Path(folder) / "bad_rows.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:  # a run may open several files
+    with open(path, "w", encoding="utf-8") as file:
         for problem in problems:
             file.write(json.dumps(problem, ensure_ascii=False) + "\n")
     return path

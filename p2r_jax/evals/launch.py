@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from flax import nnx
 from PIL import Image
 from rich.console import Console
@@ -19,27 +20,44 @@ from p2r_jax.evals.runner import EvalWriter, TokenLimits, check_modes, evaluate
 from p2r_jax.evals.scoring import format_table, summary_rows
 from p2r_jax.parallel.mesh import make_mesh
 from p2r_jax.qwen3_vl.hf import load_pretrained
-from p2r_jax.qwen3_vl.locate import default_prompt_set, locate_checkpoint
+from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
-from p2r_jax.roles.pipeline import Pipeline, Result, default_buckets, perceive_and_reason
+from p2r_jax.roles.answers import Verifier, require_verifier
+from p2r_jax.roles.pipeline import (
+    Pipeline,
+    Result,
+    default_buckets,
+    default_prompt_set,
+    perceive_and_reason,
+)
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.render import contact_sheet
 from p2r_jax.roles.requests import Buckets
 
 
-def run_evaluation(config: EvalConfig) -> dict[str, Any]:
-    """Evaluate, write OUT/eval/NAME.jsonl and .json, print the table; returns the summary."""
+def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict[str, Any]:
+    """Evaluate, write OUT/eval/NAME.jsonl and .json, print the table; returns the summary.
+
+    verifier: grades free text. A run folder is evaluated with the prompts and pixel budget it was
+    trained with, unless `config` says otherwise.
+    """
     console = Console()
     check_modes(config.modes)
     folder = locate_checkpoint(config.model)
-    processor = Processor.from_pretrained(folder, config.min_pixels, config.max_pixels)
+    trained = _settings_of_run(Path(config.model))
+    processor = Processor.from_pretrained(
+        folder,
+        config.min_pixels or trained.get("min_pixels"),
+        config.max_pixels or trained.get("max_pixels"),
+    )
     source: Source
     if config.benchmark == "visual_search":
         source = VisualSearch(config.split, config.seed)
-        side = source.config.image_size
+        side, limit = source.config.image_size, config.limit or 1000
     else:
         source = load_source(config.benchmark)
-        side = 8192
+        side, limit = 8192, config.limit or len(source)
+    require_verifier(source.answer_forms, verifier)
     buckets = (
         default_buckets(processor.sizes, side)
         if config.buckets is None
@@ -48,16 +66,17 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = load_pretrained(folder, mesh, config.dtype)
     graph, params = nnx.split(model, nnx.Param)
-    prompts = load_prompt_set(config.prompts or default_prompt_set(folder))
+    named = config.prompts or trained.get("prompts") or default_prompt_set(processor.config)
+    prompts = load_prompt_set(named)
     pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, config.batch)
-    total = max(0, min(config.limit, len(source) - config.offset))
+    total = max(0, min(limit, len(source) - config.offset))
     if not total:
         raise ValueError(f"offset {config.offset} leaves no row of {len(source)}")
     writer = EvalWriter(Path(config.out), config.name, config.pictures)
     records = evaluate(
         pipeline,
         params,
-        evaluation_batches(source, config.batch, config.limit, config.offset),
+        evaluation_batches(source, config.batch, total, config.offset),
         config.modes,
         TokenLimits(
             config.perceiver_max_new_tokens,
@@ -66,12 +85,20 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         ),
         total=total,
         seed=config.seed,
+        verifier=verifier,
         on_record=writer,
     )
     summary = writer.finish(records)
     console.print(format_table(summary_rows(summary["modes"])), markup=False, highlight=False)
     console.print(f"wrote {writer.folder / config.name}.jsonl", highlight=False, soft_wrap=True)
     return summary
+
+
+def _settings_of_run(run: Path) -> dict[str, Any]:
+    """The `model` settings that a run folder was trained with; {} for any other folder."""
+    file = run / "config.yaml"
+    settings = yaml.safe_load(file.read_text()) if file.is_file() else None
+    return settings.get("model", {}) if isinstance(settings, dict) else {}
 
 
 def ask(
@@ -100,7 +127,7 @@ def ask(
         question,
         options=options,
         processor=Processor.from_pretrained(folder, max_pixels=max_pixels),
-        prompts=prompts or default_prompt_set(folder),
+        prompts=prompts,
     )
     console = Console(highlight=False, soft_wrap=True)
     if not result.boxes:

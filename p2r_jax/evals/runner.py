@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import string
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,9 +25,10 @@ from rich.progress import Progress
 from p2r_jax.data.loader import LoadedRow
 from p2r_jax.evals.scoring import box_figures, summarize_modes
 from p2r_jax.roles.answers import (
-    TRAINING_LETTERS,
+    Verifier,
     answer_reward,
     choice_letter,
+    choice_letters,
     extract_answer,
     has_answer_tag,
 )
@@ -76,13 +76,15 @@ def evaluate(
     *,
     total: int,
     seed: int = 0,
+    verifier: Verifier | None = None,
     on_record: Callable[[Record, LoadedRow], None] = lambda record, loaded: None,
     description: str = "evaluating",
 ) -> list[Record]:
     """One record per question and mode, in the layout that `scoring` and `report` read.
 
-    on_record is called with each record as soon as its batch is done. Modes that need true boxes
-    leave out rows without any.
+    verifier: grades free text; without one such rows raise ValueError, so check `answer_forms` of
+    the source first. on_record is called with each record as soon as its batch is done. Modes that
+    need true boxes leave out rows without any.
     """
     check_modes(modes)
     records: list[Record] = []
@@ -94,7 +96,7 @@ def evaluate(
             )
             for mode in modes:
                 for record, loaded in _run_mode(
-                    pipeline, params, batch, images, mode, limits, seed
+                    pipeline, params, batch, images, mode, limits, seed, verifier
                 ):
                     on_record(record, loaded)
                     records.append(record)
@@ -110,6 +112,7 @@ def _run_mode(
     mode: str,
     limits: TokenLimits,
     seed: int,
+    verifier: Verifier | None,
 ) -> list[tuple[Record, LoadedRow]]:
     chosen = [
         (i, b)
@@ -137,20 +140,33 @@ def _run_mode(
             boxes = [random_boxes(b.row.id, b.row.boxes, seed) for _, b in chosen]
         answers = pipeline.reason(params, images, questions, boxes, limits.reasoner)
     return [
-        (_record(mode, b, text, own, answer), b)
+        (_record(mode, b, text, own, answer, verifier), b)
         for (_, b), text, own, answer in zip(chosen, perceived, boxes, answers, strict=True)
     ]
 
 
 def _record(
-    mode: str, loaded: LoadedRow, perceiver_text: str | None, boxes: list[Box], answer: str
+    mode: str,
+    loaded: LoadedRow,
+    perceiver_text: str | None,
+    boxes: list[Box],
+    answer: str,
+    verifier: Verifier | None,
 ) -> Record:
     row = loaded.row
     height, width = loaded.image.shape[:2]
     # A direct answer carries no tag; everywhere else an answer outside its tag is wrong.
     tagged = mode != "default"
     letters = choice_letters(len(row.options), row.answer)
-    grade = answer_reward(answer, row.answer, row.answer_form, require_tag=tagged, letters=letters)
+    grade = answer_reward(
+        answer,
+        row.answer,
+        row.answer_form,
+        verifier,
+        question=row.question_with_options,
+        require_tag=tagged,
+        letters=letters,
+    )
     prediction = extract_answer(answer) if has_answer_tag(answer) or not tagged else None
     if prediction is not None and row.answer_form == "mca":
         prediction = choice_letter(prediction, letters) or None
@@ -174,15 +190,6 @@ def _record(
         "image": None,
         "crops": [],
     } | (box_figures(corners, row.boxes, width, height) if mode == "p2r" else {})
-
-
-def choice_letters(options: int, answer: str) -> str:
-    """Letters that count as a choice among `options`; if they are in the question's text (0), the
-    training rule's A to E, or further if the true answer is."""
-    if not options and len(answer) == 1 and answer in string.ascii_uppercase:
-        options = string.ascii_uppercase.index(answer) + 1
-        options = max(options, len(TRAINING_LETTERS))
-    return string.ascii_uppercase[:options] or TRAINING_LETTERS
 
 
 class EvalWriter:
@@ -224,7 +231,8 @@ def save_pictures(run: Path, stem: str, record: Record, loaded: LoadedRow) -> Re
     """Save the image and the crops of a record's boxes; returns the fields that point to them."""
     from PIL import Image
 
-    image = run / f"{stem}.jpg"
+    # Ids of two benchmarks may be equal, pictures are not.
+    image = run / f"{stem}_{zlib.crc32(loaded.image.tobytes()):08x}.jpg"
     image.parent.mkdir(parents=True, exist_ok=True)
     if not image.exists():
         Image.fromarray(loaded.image).save(image, quality=90)

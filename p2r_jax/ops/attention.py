@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30
+QUERY_CHUNK = 1024
 
 
 def _scores(q: Float[Array, "*B Q H D"], k: Float[Array, "*B S K D"]) -> Float[Array, "*B K g Q S"]:
@@ -37,8 +38,26 @@ def attention(
     v: Float[Array, "B S K D"],
     mask: Bool[Array, "B Q S"],
 ) -> Float[Array, "B Q H D"]:
-    """Grouped-query attention; query i of row b reads key j where `mask[b, i, j]`."""
-    return _weighted(attention_weights(q, k, mask), v)
+    """Grouped-query attention; query i of row b reads key j where `mask[b, i, j]`.
+
+    Many queries go through in chunks, forward and backward, so that memory grows with the number
+    of keys and not with its square: one 2048-token image has 8192 patches.
+    """
+    queries, chunk = q.shape[1], QUERY_CHUNK
+    if queries <= chunk:
+        return _weighted(attention_weights(q, k, mask), v)
+    pad = -queries % chunk
+
+    def chunks(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(part: tuple[Array, Array]) -> Array:
+        return _weighted(attention_weights(part[0], k, part[1]), v)
+
+    out = jnp.moveaxis(jax.lax.map(one, (chunks(q), chunks(mask))), 0, 1)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :queries]
 
 
 def attention_weights(

@@ -20,10 +20,10 @@ class Compilations:
     def __post_init__(self) -> None:
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, seconds: float, **details: object) -> None:
+    def _on_event(self, event: str, duration_secs: float, **details: str | int) -> None:
         if event == _EVENT:
             self.count += 1
-            self.seconds += seconds
+            self.seconds += duration_secs
 
     def close(self) -> None:
         """Stop counting."""

@@ -241,6 +241,24 @@ def load_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bf
     return model
 
 
+CARRIED_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+)
+"""What a checkpoint folder holds besides weights and config.json."""
+
+
 def save_pretrained(
     model: Qwen3VL,
     path: str | Path,
@@ -264,8 +282,7 @@ def save_pretrained(
         _write(model, temporary, jnp.dtype(dtype), max_shard_bytes)
         if files_from is not None:
             for file in sorted(Path(files_from).iterdir()):
-                kept = file.suffix in (".json", ".txt", ".jinja", ".model")
-                if kept and file.name not in ("config.json", "model.safetensors.index.json"):
+                if file.name in CARRIED_FILES:
                     shutil.copyfile(file, temporary / file.name)
         temporary.chmod(0o755)
         for file in temporary.iterdir():

@@ -18,10 +18,3 @@ def locate_checkpoint(name: str | Path) -> Path:
         f"{name} is neither a Hugging Face checkpoint folder (config.json and safetensors) nor a "
         "run folder with an export; download weights first, or use `tiny`"
     )
-
-
-def default_prompt_set(folder: Path) -> str:
-    """The embedded model knows its own wording only."""
-    from p2r_jax.qwen3_vl.config import Qwen3VLConfig
-
-    return "tiny" if Qwen3VLConfig.from_pretrained(folder).text.vocab_size < 4096 else "default"

@@ -17,6 +17,7 @@ from p2r_jax.rl.advantages import group_advantages, zero_variance_groups
 from p2r_jax.rl.experience import Experience
 from p2r_jax.rl.rewards import Reward
 from p2r_jax.rl.step import AnchorBatch, TrainingBatch
+from p2r_jax.rl.stop import RunStopped
 from p2r_jax.roles.requests import ImageStore, RequestBuilder
 
 
@@ -36,13 +37,13 @@ def training_batch(
     """The batch of an update, and metrics of what was collected.
 
     Samples that could not be graded and filling rows are masked out. lengths: what completions may
-    be padded to instead of their limit, see `response_length`. Raises RuntimeError if more samples
+    be padded to instead of their limit, see `response_length`. Raises RunStopped if more samples
     could not be graded than `loss.max_dropped_fraction`.
     """
     values, valid, advantages = advantages_of(experience.rewards, loss)
     dropped = 1.0 - valid.mean()
     if dropped > loss.max_dropped_fraction:
-        raise RuntimeError(
+        raise RunStopped(
             f"{dropped:.0%} of the samples could not be graded (limit loss.max_dropped_fraction = "
             f"{loss.max_dropped_fraction:.0%}): check the verifier and the answers of the data"
         )
@@ -108,9 +109,16 @@ def _reward_metrics(
 
 
 def anchor_batch(
-    phase: PhaseConfig, experience: Experience, images: ImageStore, builder: RequestBuilder
+    phase: PhaseConfig,
+    experience: Experience,
+    images: ImageStore,
+    builder: RequestBuilder,
+    lengths: Sequence[int] = (),
 ) -> AnchorBatch | None:
-    """A few of the idle role's prompts of this very step, with the snapshot's greedy outputs."""
+    """A few of the idle role's prompts of this very step, with the snapshot's greedy outputs.
+
+    lengths: as for `training_batch`.
+    """
     if not phase.role_anchor or not experience.idle_requests:
         return None
     # The idle reasoner has G prompts a question: take one of each.
@@ -119,7 +127,7 @@ def anchor_batch(
     # Its tokens as they were written: an output cut at the limit has no stop token to imitate.
     rows = [o.tokens for o in experience.idle_outputs[::stride][: phase.role_anchor_prompts]]
     prompts = builder.collate(requests, images)
-    length = -(-max(map(len, rows)) // 16) * 16
+    length = response_length(max(map(len, rows)), phase.partner_max_new_tokens, lengths)
     shape = (prompts.tokens.shape[0], 1, length)
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for i, row in enumerate(rows):

@@ -14,6 +14,7 @@ from p2r_jax.config import TrainConfig
 from p2r_jax.data.loader import evaluation_batches
 from p2r_jax.evals.runner import EvalWriter, TokenLimits, evaluate
 from p2r_jax.evals.scoring import summarize_modes
+from p2r_jax.rl.rewards import Verifier
 from p2r_jax.rl.run_log import RunLog
 from p2r_jax.roles.pipeline import Pipeline
 
@@ -22,8 +23,15 @@ class Evaluations:
     """The evaluations of a run: before training, between phases and at the end in full, and short
     ones on the way."""
 
-    def __init__(self, config: TrainConfig, pipeline: Pipeline, source: Any):
+    def __init__(
+        self,
+        config: TrainConfig,
+        pipeline: Pipeline,
+        source: Any,
+        verifier: Verifier | None = None,
+    ):
         self.config, self.pipeline, self.source = config, pipeline, source
+        self.verifier = verifier
         self.run = Path(config.run)
         self.limits = token_limits(config)
         self.summaries: dict[str, dict[str, Any]] = {}
@@ -47,7 +55,13 @@ class Evaluations:
         settings = self.config.eval
         batches = evaluation_batches(self.source, settings.batch, settings.questions)
         records = evaluate(
-            self.pipeline, params, batches, settings.modes, self.limits, total=settings.questions
+            self.pipeline,
+            params,
+            batches,
+            settings.modes,
+            self.limits,
+            total=settings.questions,
+            verifier=self.verifier,
         )
         return _flat(records)
 
@@ -64,6 +78,7 @@ class Evaluations:
             settings.final_modes if name in ("before", "after") else settings.modes,
             self.limits,
             total=settings.final_questions,
+            verifier=self.verifier,
             on_record=writer,
             description=f"evaluating {name}",
         )

@@ -23,6 +23,7 @@ from p2r_jax.config import PhaseConfig
 from p2r_jax.data.loader import LoadedRow
 from p2r_jax.data.rows import Row
 from p2r_jax.rl.rewards import Reward, Verifier, answer_reward, perceiver_reward, reasoner_reward
+from p2r_jax.roles.answers import TRAINING_LETTERS, choice_letters
 from p2r_jax.roles.boxes import ParsedBoxes, parse_response
 from p2r_jax.roles.pipeline import Completion, Pipeline, Rollout
 from p2r_jax.roles.requests import ImageStore, Request
@@ -108,8 +109,15 @@ def grader(verifier: Verifier | None) -> Grader:
     """Grades by the answer form of the row; `verifier` for free text."""
 
     def grade(row: Row, answer: str) -> float | None:
+        # The authors' A to E, and further where a row has more options.
+        letters = max(TRAINING_LETTERS, choice_letters(len(row.options), row.answer), key=len)
         return answer_reward(
-            answer, row.answer, row.answer_form, verifier, question=row.question_with_options
+            answer,
+            row.answer,
+            row.answer_form,
+            verifier,
+            question=row.question_with_options,
+            letters=letters,
         )
 
     return grade

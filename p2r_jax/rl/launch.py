@@ -13,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 
 from p2r_jax.config import TrainConfig
-from p2r_jax.data.sources import load_source
+from p2r_jax.data.sources import FileSource, load_source
 from p2r_jax.evals.report import write_report
 from p2r_jax.evals.runner import check_modes
 from p2r_jax.evals.scoring import format_table, summary_rows
@@ -24,7 +24,7 @@ from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.rl.rewards import Verifier, require_verifier
 from p2r_jax.rl.trainer import Trainer
-from p2r_jax.roles.pipeline import Pipeline
+from p2r_jax.roles.pipeline import Pipeline, default_prompt_set
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
 
@@ -39,11 +39,17 @@ def build_trainer(
     config.validate()
     check_modes([*config.eval.modes, *config.eval.final_modes])
     folder = locate_checkpoint(config.model.path)
-    prompts = load_prompt_set(config.model.prompts)
     buckets = Buckets.of(config.buckets)
     processor = Processor.from_pretrained(folder, config.model.min_pixels, config.model.max_pixels)
+    prompts = load_prompt_set(config.model.prompts or default_prompt_set(processor.config))
     train_source = open_source(config.data.train, "train", config)
     validation_source = open_source(config.data.validation, "validation", config)
+    for split, source in (("train", train_source), ("validation", validation_source)):
+        if isinstance(source, FileSource) and source.bad:
+            console.print(
+                f"data.{split}: {source.bad} bad rows left out, {len(source)} used; listed in "
+                f"{bad_rows_folder(config, split)}"
+            )
     require_verifier(train_source.answer_forms | validation_source.answer_forms, verifier)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     for i, phase in enumerate(config.phases):
@@ -62,7 +68,16 @@ def open_source(name: str, split: str, config: TrainConfig) -> Any:
     """A source of rows by the name in `data.train` or `data.validation`."""
     if name == "visual_search":
         return load_source(name, split=split, seed=config.seed)
-    return load_source(name, max_bad_fraction=config.data.max_bad_fraction)
+    return load_source(
+        name,
+        max_bad_fraction=config.data.max_bad_fraction,
+        bad_rows=bad_rows_folder(config, split),
+    )
+
+
+def bad_rows_folder(config: TrainConfig, split: str) -> Path:
+    """Where rows that cannot be used are listed."""
+    return Path(config.run) / "bad_rows" / split
 
 
 def train(config: TrainConfig, verifier: Verifier | None = None) -> dict[str, Any]:
@@ -101,7 +116,7 @@ def _check_same_config(config: TrainConfig, run: Path) -> None:
     now = dataclasses.asdict(config)
     if file.is_file():
         before = yaml.safe_load(file.read_text())
-        changed = [key for key in now if key not in ("log", "checkpoint", "mesh")]
+        changed = [key for key in now if key not in ("run", "log", "checkpoint", "mesh")]
         changed = [key for key in changed if before.get(key) != _plain(now[key])]
         if changed:
             raise ValueError(

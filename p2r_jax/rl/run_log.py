@@ -34,7 +34,7 @@ class RunLog:
             try:
                 import wandb
             except ImportError as error:
-                raise ImportError(
+                raise ValueError(
                     "log.wandb_project is set but wandb is missing: pip install 'p2r_jax[wandb]'"
                 ) from error
             self.wandb = wandb.init(project=config.wandb_project, dir=str(run), resume="allow")

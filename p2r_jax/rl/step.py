@@ -150,19 +150,27 @@ def completion_log_probs(
     return log_probs.reshape(tokens.shape), entropy.reshape(tokens.shape)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "temperature"))
+@functools.partial(jax.jit, static_argnames=("graph", "temperature", "microbatches"))
 def reference_log_probs(
     graph: nnx.GraphDef,
     params: nnx.State,
     batch: TrainingBatch,
     allowed: Bool[Array, " V"],
     temperature: float,
+    microbatches: int = 1,
 ) -> Float[Array, "B G R"]:
     """Log-probs of the batch's completions under the phase-start snapshot."""
     model = nnx.merge(graph, params)
-    return completion_log_probs(
-        model, batch.prompts, batch.tokens, batch.mask, allowed, temperature
-    )[0]
+
+    def of_part(part: TrainingBatch) -> Float[Array, "b G R"]:
+        return completion_log_probs(
+            model, part.prompts, part.tokens, part.mask, allowed, temperature
+        )[0]
+
+    if microbatches == 1:
+        return of_part(batch)
+    parts = jax.lax.map(of_part, _split_prompts(batch, microbatches))
+    return jnp.moveaxis(parts, 0, 1).reshape(batch.tokens.shape)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -208,13 +216,16 @@ def _vision_labels(params: nnx.State) -> Any:
 
 
 def _split_prompts(tree: Any, parts: int) -> Any:
-    """Leading axis B -> [parts, B / parts]; `Prompts.positions` has its rows on axis 1."""
+    """Leading axis B -> [parts, B / parts]; `Prompts.positions` has its rows on axis 1.
+
+    Part p holds rows p, p + parts, ...: every device then has rows of every part among its own,
+    and none has to move.
+    """
 
     def one(path, x):
-        if getattr(path[-1], "name", None) == "positions":
-            shape = (x.shape[0], parts, x.shape[1] // parts, *x.shape[2:])
-            return jnp.moveaxis(x.reshape(shape), 1, 0)
-        return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+        axis = 1 if getattr(path[-1], "name", None) == "positions" else 0
+        shape = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

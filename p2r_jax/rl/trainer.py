@@ -51,6 +51,7 @@ from p2r_jax.rl.step import (
     reference_log_probs,
     train_step,
 )
+from p2r_jax.rl.stop import RunStopped
 from p2r_jax.roles.pipeline import Pipeline
 from p2r_jax.roles.requests import ImageStore
 
@@ -76,7 +77,7 @@ class Trainer:
         self.mesh = pipeline.builder.mesh
         self.dtype = jnp.dtype(config.model.compute_dtype)
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoint)
-        self.evaluations = Evaluations(config, pipeline, validation_source)
+        self.evaluations = Evaluations(config, pipeline, validation_source, verifier)
         self.initial = params
         self.stages: dict[str, float] = collections.defaultdict(float)
         self._state_layout: Layout = ()
@@ -131,7 +132,8 @@ class Trainer:
                     log.metrics(progress.step, where, metrics)
                     reward = f"{phase.role} reward {metrics['reward/mean']:.2f}"
                     bar.update(task, completed=progress.step, description=reward)
-                    if self.checkpoints.due(progress.step):
+                    last = progress.phase_step == phase.steps
+                    if last or self.checkpoints.due(progress.step):
                         self.checkpoints.save(progress, state, snapshot)
                 name = self.evaluations.name_after(progress.phase)
                 self._evaluate(name, state.params, log, progress.step)
@@ -173,12 +175,13 @@ class Trainer:
         lengths = self.config.buckets.response_tokens
         batch, metrics = training_batch(experience, self.config.loss, self.mesh, lengths)
         with clock("update"):
-            anchor = anchor_batch(phase, experience, images, builder)
+            anchor = anchor_batch(phase, experience, images, builder, lengths)
             allowed = self.pipeline.vocabulary.allowed
+            parts = phase.prompts // phase.microbatch if phase.microbatch else 1
             reference = None
             if self.config.loss.kl_weight:
                 reference = reference_log_probs(
-                    self.pipeline.graph, snapshot, batch, allowed, phase.temperature
+                    self.pipeline.graph, snapshot, batch, allowed, phase.temperature, parts
                 )
             state, scalars = train_step(
                 state,
@@ -191,7 +194,7 @@ class Trainer:
                 loss=self.config.loss,
                 temperature=phase.temperature,
                 horizon=phase.max_new_tokens,
-                microbatches=phase.prompts // phase.microbatch if phase.microbatch else 1,
+                microbatches=parts,
                 freeze_vision=self.config.optimizer.freeze_vision,
                 role_anchor=phase.role_anchor,
                 remat=self.config.model.remat,
@@ -220,7 +223,7 @@ class Trainer:
 
     def _stop_if_broken(self, skipped: int) -> None:
         if skipped > self.config.optimizer.max_skipped:
-            raise RuntimeError(
+            raise RunStopped(
                 f"{skipped} steps of this phase had a non-finite gradient (limit "
                 "optimizer.max_skipped): lower optimizer.learning_rate or use compute_dtype float32"
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+import string
 import threading
 import time
 from collections.abc import Iterable
@@ -50,6 +51,15 @@ def extract_answer(response: str) -> str:
     """The text of the first `<answer>…</answer>`, or the whole completion if none; stripped."""
     tagged = _tagged_answer(response)
     return (response if tagged is None else tagged).strip()
+
+
+def choice_letters(options: int, answer: str) -> str:
+    """Letters that count as a choice among `options`; if they are in the question's text (0), the
+    training rule's A to E, or further if the true answer is."""
+    if not options and len(answer) == 1 and answer in string.ascii_uppercase:
+        options = string.ascii_uppercase.index(answer) + 1
+        options = max(options, len(TRAINING_LETTERS))
+    return string.ascii_uppercase[:options] or TRAINING_LETTERS
 
 
 def choice_letter(answer: str, letters: str = TRAINING_LETTERS) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from p2r_jax.parallel.mesh import batch_sharding, batch_shards
 from p2r_jax.parallel.multihost import to_host
+from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.qwen3_vl.processor import ImageSizes, Processor
@@ -158,22 +159,35 @@ class Pipeline:
         return [o.text for o in self.complete(params, requests, images, max_new_tokens)]
 
 
+def default_prompt_set(config: Qwen3VLConfig) -> str:
+    """Name of the prompt set for a model: the embedded one, known by its small vocabulary,
+    understands only its own wording."""
+    return "tiny" if config.text.vocab_size < 4096 else "default"
+
+
 def default_buckets(sizes: ImageSizes, image_side: int) -> Buckets:
-    """Sizes that hold 1 to 4 images of a pixel budget, whatever their aspect ratio."""
+    """Sizes from small to what 1 to 4 images of the pixel budget need, whatever their aspect
+    ratio. Only those that are used cost a compilation."""
     longest = sizes.patch * sizes.merge
     while longest**2 < sizes.max_pixels * 12:  # an outline of aspect ratio 12 still fits
         longest *= 2
-    side = 1
-    while side < image_side:
-        side *= 2
     full = sizes.max_patches
     tokens = full // sizes.merge**2
     return Buckets(
-        patches=(full, 2 * full, 4 * full),
-        prompt_tokens=tuple(sorted(n * tokens + text for n in (1, 2, 4) for text in (56, 512))),
-        canvas=(max(longest // 4, sizes.patch * sizes.merge), longest, 4 * longest),
-        image=(side,),
+        patches=_ladder(64, 4 * full),
+        prompt_tokens=_ladder(64, 4 * tokens + 512),
+        canvas=_ladder(64, 4 * longest, steps=(1,)),
+        image=_ladder(64, image_side, steps=(1,)),
     )
+
+
+def _ladder(first: int, last: int, steps: tuple[float, ...] = (1, 1.5)) -> tuple[int, ...]:
+    """Sizes from `first`, doubling, with `steps` between, up to one that holds `last`."""
+    sizes = [first]
+    while sizes[-1] < last:
+        doubled = first * 2 ** (len(sizes) // len(steps))
+        sizes.append(int(doubled * steps[len(sizes) % len(steps)]))
+    return tuple(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +211,7 @@ def perceive_and_reason(
     options: Sequence[str] = (),
     answer_form: str | None = None,
     processor: Processor | None = None,
-    prompts: PromptSet | str = "default",
+    prompts: PromptSet | str | None = None,
     perceiver_max_new_tokens: int = 256,
     reasoner_max_new_tokens: int = 1024,
 ) -> Result:
@@ -206,16 +220,22 @@ def perceive_and_reason(
     image: uint8 [H, W, 3] or a Pillow image. options: appended as lettered lines. answer_form:
     `mca`, `na`, `free_form` or an evaluation form of the prompt set; default `mca` with options,
     else `free_form`. processor: default, the one beside the weights the model was loaded from.
+    prompts: a prompt set, its name or file; default, the one that suits the model.
 
-    Raises ValueError if there is no processor, or for images with an aspect ratio above 200.
+    Raises ValueError if there is no processor, for arrays of another type or shape, or for images
+    with an aspect ratio above 200.
     """
     if processor is None:
         if not model.name_or_path:
             raise ValueError("the model was not loaded from a folder: pass processor=")
         processor = Processor.from_pretrained(model.name_or_path)
-    if isinstance(prompts, str):
-        prompts = load_prompt_set(prompts)
+    if not isinstance(prompts, PromptSet):
+        prompts = load_prompt_set(prompts or default_prompt_set(model.config))
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(
+            f"image must be uint8 [height, width, 3], is {pixels.dtype} {list(pixels.shape)}"
+        )
     lines = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
     asked = (0, "\n".join([question, *lines]), answer_form or ("mca" if options else "free_form"))
 

@@ -41,8 +41,9 @@ def make_warm_start(
 ) -> None:
     """Train the tiny model from nothing and write it to `out` in Hugging Face layout.
 
-    tower: folder of an earlier result whose vision tower is taken instead of the dense stage.
-    Raises FileExistsError if `out` exists.
+    tower: folder of an earlier result whose vision tower is taken instead of the dense stage; the
+    tower of this run goes to `out`.tower as soon as it is trained. Raises FileExistsError if `out`
+    exists, ValueError if the devices cannot share a batch.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder or delete it first")
@@ -51,7 +52,15 @@ def make_warm_start(
     joint = WarmStartConfig(seed=seed) if steps is None else WarmStartConfig(steps, seed=seed)
     source = VisualSearch("train", seed=seed)
     mesh = make_mesh(data=-1, fsdp=1)
-    made: dict[str, Any] = {"command": f"p2r sft --out DIR --seed {seed}"}
+    for batch in (dense.images, joint.perceiver_batch, joint.reasoner_batch):
+        if batch % mesh.size:
+            raise ValueError(
+                f"{mesh.size} devices cannot share a batch of {batch}: use 1 or 2 of them "
+                "(CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS); the model is tiny"
+            )
+    asked = {"seed": seed, "dense_steps": dense_steps, "steps": steps, "tower": tower}
+    options = [f"--{name} {value}" for name, value in asked.items() if value is not None]
+    made: dict[str, Any] = {"command": " ".join(["p2r sft --out DIR", *options])}
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         processor = write_tiny_files(source, files)
@@ -62,9 +71,12 @@ def make_warm_start(
             rows = train_tower(model.visual, processor.config, processor.sizes, source, dense, mesh)
             made["dense"] = _follow(rows, "dense", dense, console)
             _to_one_device(model)
+            # Its own folder, so that the long stage need not be repeated (`--tower`).
+            kept = out.with_name(f"{out.name}.tower")
+            if not kept.exists():
+                save_pretrained(model, kept, files_from=files, dtype="float32")
         else:
             nnx.update(model.visual, nnx.state(load_pretrained(tower, dtype="float32").visual))
-            made["tower"] = tower
         builder = RequestBuilder(processor, load_prompt_set("tiny"), BUCKETS)
         pools = make_pool(model, builder, source, joint)
         made["joint"] = _follow(train_roles(model, pools, joint, mesh), "joint", joint, console)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from p2r_jax.ops import attention as attention_module
 from p2r_jax.ops.attention import (
     attention,
     attention_weights,
@@ -74,6 +75,21 @@ class TestPlainAttention:
         mask = np.asarray(causal_mask(jnp.asarray(PROMPT_VALID)))
         out = np.asarray(attention(q, k, v, mask))
         np.testing.assert_allclose(out, plain(q, k, v, mask), atol=1e-6)
+
+    @pytest.mark.parametrize("chunk", [2, 4, 6])
+    def test_many_queries_in_chunks_equal_all_at_once(self, monkeypatch, chunk):
+        """Forward and backward; 6 queries do not fill chunks of 4."""
+        inputs = tuple(map(jnp.asarray, qkv(B, P)))
+        mask, weights = causal_mask(jnp.asarray(PROMPT_VALID)), random(B, P, HEADS, WIDTH, seed=4)
+
+        def loss(q, k, v):
+            return (attention(q, k, v, mask) * weights).sum()
+
+        expected = attention(*inputs, mask), jax.grad(loss, (0, 1, 2))(*inputs)
+        monkeypatch.setattr(attention_module, "QUERY_CHUNK", chunk)
+        assert ("scan" in str(jax.make_jaxpr(loss)(*inputs))) == (chunk < P)
+        out = attention(*inputs, mask), jax.grad(loss, (0, 1, 2))(*inputs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), out, expected)
 
     def test_key_value_heads_are_repeated_not_tiled(self):
         """Heads 0, 1, 2 read key-value head 0; tiling would send head 1 to key-value head 1."""

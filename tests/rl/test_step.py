@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -266,6 +267,15 @@ class TestGradient:
         assert float(metrics["sampler_gap/max"]) == pytest.approx(gap[MASK].max(), rel=1e-4)
 
     @pytest.mark.parametrize("microbatches", [2, 4])
+    def test_the_reference_does_not_depend_on_microbatches(
+        self, model, allowed, snapshot_log_probs, microbatches
+    ):
+        graph, params = model
+        parts = reference_log_probs(graph, params, make_batch(), allowed, 1.0, microbatches)
+        whole = reference_log_probs(graph, params, make_batch(), allowed, 1.0)
+        np.testing.assert_allclose(parts[MASK], whole[MASK], atol=1e-5)
+
+    @pytest.mark.parametrize("microbatches", [2, 4])
     def test_microbatches_give_the_gradient_and_the_metrics_of_the_whole_batch(
         self, model, allowed, snapshot_log_probs, first, microbatches
     ):
@@ -359,10 +369,19 @@ class TestUpdate:
         assert int(state.skipped) == 1
         jax.tree.map(np.testing.assert_array_equal, state.params, updated[0].params)
 
-    def test_eight_devices_equal_one(self, model, allowed, snapshot_log_probs, adamw, updated):
-        """Split over data, fsdp and tensor; weights and optimizer stay where they were put."""
+    @pytest.mark.parametrize(
+        "sizes, microbatches",
+        [
+            pytest.param((2, 2, 2), 1, id="data, fsdp and tensor"),
+            pytest.param((2, 1, 2), 2, id="data and tensor, microbatches"),
+        ],
+    )
+    def test_many_devices_equal_one(
+        self, model, allowed, snapshot_log_probs, adamw, updated, sizes, microbatches
+    ):
+        """Weights and optimizer stay where they were put."""
         graph, params = model
-        mesh = make_mesh(data=2, fsdp=2, tensor=2)
+        mesh = make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
         shardings = jax.tree.map(
             lambda v: v.get_value(),
             parameter_shardings(params, mesh),
@@ -391,6 +410,7 @@ class TestUpdate:
             loss=LOSS,
             temperature=1.0,
             horizon=R,
+            microbatches=microbatches,
             layout=layout,
         )
         assert within(state.params, updated[0].params, 1e-6) == {}

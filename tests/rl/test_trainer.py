@@ -20,8 +20,9 @@ import transformers
 from flax import nnx
 from rich.console import Console
 
-from p2r_jax.config import LossConfig, PhaseConfig
+from p2r_jax.config import LossConfig, MeshConfig, PhaseConfig
 from p2r_jax.data.loader import LoadedRow
+from p2r_jax.parallel.mesh import make_mesh
 from p2r_jax.qwen3_vl import load_pretrained
 from p2r_jax.rl import experience, launch
 from p2r_jax.rl.batches import anchor_batch, training_batch
@@ -193,8 +194,9 @@ class TestWhatARunLeavesBehind:
 
     def test_report_is_one_page_of_its_own(self, whole):
         page = (whole.folder / "report.html").read_text()
-        assert "reward/mean" in page or "reward" in page
+        assert "reward/mean" in page
         assert "data:image" in page
+        assert "Which character is on the" in page
 
 
 class TestExport:
@@ -332,6 +334,75 @@ class TestKilledAndResumed:
     def has_step(run: Path, step: int) -> bool:
         file = run / "metrics.jsonl"
         return file.exists() and f'"phase_step": {step},' in file.read_text()
+
+
+class TestTheDemosSettings:
+    """What configs/tiny.yaml turns on: two devices, the role anchor, a frozen tower, a schedule;
+    and the baseline role, which no shipped config uses."""
+
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory, tiny_checkpoint):
+        """The same run twice: straight through, and killed in its second step."""
+        folder = tmp_path_factory.mktemp("demo")
+        original, calls = Trainer._step, 0
+
+        def deadly(self, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                self.checkpoints.manager.wait_until_finished()
+                raise Killed
+            return original(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            two = jax.devices()[:2]
+            patch.setattr(launch, "make_mesh", lambda *sizes: make_mesh(2, 1, 1, two))
+            launch.train(self.config(folder / "whole", tiny_checkpoint))
+            with pytest.MonkeyPatch.context() as kill:
+                kill.setattr(Trainer, "_step", deadly)
+                with pytest.raises(Killed):
+                    launch.train(self.config(folder / "killed", tiny_checkpoint))
+            launch.train(self.config(folder / "killed", tiny_checkpoint))
+        return folder / "whole", folder / "killed"
+
+    def config(self, run, model):
+        config = make_config(run, model)
+        perceiver, _ = config.phases
+        perceiver = dataclasses.replace(
+            perceiver, microbatch=0, role_anchor=0.5, role_anchor_prompts=2
+        )
+        baseline = dataclasses.replace(perceiver, role="baseline", steps=1, role_anchor=0.0)
+        config.phases = [perceiver, baseline]
+        config.mesh = MeshConfig(data=2, fsdp=1)
+        config.optimizer = dataclasses.replace(
+            config.optimizer, freeze_vision=True, warmup_steps=1, final_fraction=0.1
+        )
+        config.eval = dataclasses.replace(config.eval, final_questions=0)
+        return config
+
+    def test_the_anchor_is_part_of_the_perceivers_steps(self, runs):
+        rows = metric_rows(runs[0])
+        assert [row["phase"] for row in rows] == ["perceiver", "perceiver", "baseline"]
+        assert ["loss/anchor" in row for row in rows] == [True, True, False]
+        assert all(row["loss/anchor"] > 0 for row in rows[:2])
+
+    def test_the_rate_warms_up_and_falls(self, runs):
+        peak = 1e-3
+        rates = [row["lr"] for row in metric_rows(runs[0])]
+        assert rates == pytest.approx([peak / 2, peak, peak / 2])
+
+    def test_the_tower_stays_and_the_rest_moves(self, runs, tiny_checkpoint):
+        before, after = (
+            nnx.to_pure_dict(nnx.state(load_pretrained(path, dtype="float32")))
+            for path in (tiny_checkpoint, runs[0] / "export")
+        )
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+        assert not any(jax.tree.leaves(moved["visual"]))
+        assert all(jax.tree.leaves(moved["language_model"]))
+
+    def test_killed_and_resumed_it_ends_with_the_same_weights(self, runs):
+        whole, killed = ((run / "export/model.safetensors").read_bytes() for run in runs)
+        assert whole == killed
 
 
 class TestResumingWithOtherSettings:

@@ -211,3 +211,16 @@ def test_batches_are_a_multiple_of_the_mesh(model, processor):
     graph = nnx.split(model)[0]
     made = Pipeline.create(graph, processor, prompts, buckets, make_mesh(4, 2, 1), batch_rows=9)
     assert made.batch_rows == 16
+
+
+@pytest.mark.parametrize(
+    "image, found",
+    [
+        (np.zeros((8, 8), np.uint8), r"uint8 \[8, 8\]"),
+        (np.zeros((8, 8, 4), np.uint8), r"uint8 \[8, 8, 4\]"),
+        (np.zeros((8, 8, 3)), r"float64 \[8, 8, 3\]"),
+    ],
+)
+def test_an_array_that_is_no_image_is_refused(model, image, found):
+    with pytest.raises(ValueError, match=rf"must be uint8 \[height, width, 3\], is {found}"):
+        perceive_and_reason(model, image, "Which?")

@@ -1,0 +1,59 @@
+"""`p2r sft` from nothing to a checkpoint folder, with a few steps of each stage."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from p2r_jax.parallel.mesh import make_mesh
+from p2r_jax.qwen3_vl import load_pretrained
+from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.sft import launch
+from p2r_jax.sft.warm_start import WarmStartConfig
+
+
+@pytest.fixture
+def _small(quick_compilation, monkeypatch):
+    """Two devices and sixteen scenes."""
+    two = jax.devices()[:2]
+    monkeypatch.setattr(launch, "make_mesh", lambda data, fsdp: make_mesh(2, 1, 1, two))
+    monkeypatch.setattr(launch, "WarmStartConfig", functools.partial(WarmStartConfig, scenes=16))
+
+
+@pytest.mark.usefixtures("_small")
+def test_both_stages_leave_a_checkpoint_that_says_how_it_was_made(tmp_path):
+    out = tmp_path / "tiny"
+    launch.make_warm_start(out, seed=3, dense_steps=2, steps=10)
+    made = json.loads((out / "made_by.json").read_text())
+    assert made["command"] == "p2r sft --out DIR --seed 3 --dense_steps 2 --steps 10"
+    assert made["dense"]["settings"]["steps"] == 2
+    assert made["joint"]["last_metrics"].keys() >= {"perceiver/loss", "reasoner/loss"}
+
+    # The tower came from the first stage (exported in bfloat16), and the second left it alone.
+    model, tower = (load_pretrained(f, dtype="float32") for f in (out, tmp_path / "tiny.tower"))
+    rounded = jax.tree.map(
+        lambda x: x.astype("bfloat16").astype("float32"), nnx.state(tower.visual)
+    )
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model.visual), rounded)
+    assert len(Processor.from_pretrained(out).tokenizer) <= model.config.text.vocab_size
+
+    again = tmp_path / "again"
+    launch.make_warm_start(again, seed=3, steps=10, tower=str(tmp_path / "tiny.tower"))
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert "--tower" in json.loads((again / "made_by.json").read_text())["command"]
+
+
+def test_an_existing_folder_is_refused(tmp_path):
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        launch.make_warm_start(tmp_path)
+
+
+def test_devices_that_cannot_share_a_batch_are_refused_before_any_training(tmp_path):
+    with pytest.raises(ValueError, match="8 devices cannot share a batch of 6"):
+        launch.make_warm_start(tmp_path / "tiny")
+    assert list(tmp_path.iterdir()) == []
