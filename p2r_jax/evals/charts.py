@@ -26,7 +26,7 @@ MAX_POINTS = 600
 
 _FAMILIES = {
     "Accuracy and reward": ("eval", "reward"),
-    "What the roles write": ("perceiver", "reasoner", "completion"),
+    "What the roles write": ("perceiver", "reasoner", "completion", "boxes"),
     "Optimization": ("loss", "kl", "entropy", ""),
 }
 """Prefixes that are read together.  Others stand alone, or under "Other" with one chart each."""

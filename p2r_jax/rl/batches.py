@@ -51,10 +51,11 @@ def training_batch(
     fill = ((0, completions.tokens.shape[0] - len(values)), (0, 0))
     where = batch_sharding(mesh) if mesh is not None else None
     keep = jax.device_put(np.pad(valid, fill), where)
-    mask, stopped = to_host((completions.mask, completions.stopped))
+    prompts = experience.rollout.prompts
+    mask, stopped, valid_prompt = to_host((completions.mask, completions.stopped, prompts.valid))
     length = response_length(int(mask.sum(-1).max()), completions.tokens.shape[2], lengths)
     batch = TrainingBatch(
-        experience.rollout.prompts,
+        prompts,
         completions.tokens[:, :, :length],
         completions.mask[:, :, :length] & keep[:, :, None],
         completions.log_probs[:, :, :length],
@@ -63,6 +64,8 @@ def training_batch(
     written = mask[: len(values)].sum(-1)
     return batch, _reward_metrics(experience, values, valid) | {
         "reward/dropped_fraction": float(dropped),
+        "tokens/prompts": int(valid_prompt[: len(values)].sum()),
+        "tokens/completions": int(written.sum()),
         "completion/length_mean": float(written.mean()),
         "completion/length_min": float(written.min()),
         "completion/length_max": float(written.max()),

@@ -17,6 +17,7 @@ import collections
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,8 @@ class Trainer:
                     self.train_source, phase.prompts, self._data_seed(progress), progress.phase_step
                 )
                 while progress.phase_step < phase.steps:
-                    rows = next(batches)
                     state, metrics = self._step(
-                        phase, progress, state, snapshot, partner, rows, log
+                        phase, progress, state, snapshot, partner, batches, log
                     )
                     progress = progress.after_step()
                     if self.evaluations.due(progress.phase, progress.phase_step):
@@ -160,12 +160,14 @@ class Trainer:
         state: TrainState,
         snapshot: nnx.State,
         partner: nnx.State,
-        rows: list[LoadedRow],
+        batches: Iterator[list[LoadedRow]],
         log: RunLog,
     ) -> tuple[TrainState, dict[str, float]]:
-        """Collect experience and make one update."""
-        clock, compiled = Clock(self.stages), Compilations()
+        """Collect experience from the next batch and make one update."""
+        begin, clock, compiled = time.perf_counter(), Clock(self.stages), Compilations()
         builder = self.pipeline.builder
+        with clock("data"):
+            rows = next(batches)
         with clock("upload"):
             images = ImageStore.upload([r.image for r in rows], builder.buckets, self.mesh)
             policy = self._to_rollout(state.params)
@@ -207,12 +209,13 @@ class Trainer:
             make_schedule(self.config.optimizer, phase.steps)(progress.phase_step)
         )
         metrics["skipped_steps"] = int(state.skipped)
+        if progress.step % self.config.log.samples_every == 0:
+            with clock("samples"):
+                self._log_samples(step, experience, progress.step + 1, log)
         metrics |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
-        metrics["time/step"] = sum(clock.seconds.values())
+        metrics["time/step"] = time.perf_counter() - begin
         metrics |= {"compile/count": compiled.count, "compile/seconds": compiled.seconds}
         compiled.close()
-        if progress.step % self.config.log.samples_every == 0:
-            self._log_samples(step, experience, progress.step + 1, log)
         return state, metrics
 
     def _optimizer(self, steps: int) -> Any:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -137,7 +138,8 @@ class TestWhatARunLeavesBehind:
             "completion/truncated_fraction loss/policy loss/total entropy/mean kl/mean ratio "
             "approx_kl clip_low_fraction clip_high_fraction dual_clip_fraction sampler_gap/mean "
             "sampler_gap/max grad_norm lr skipped_steps time/step time/upload time/rollout "
-            "time/partner time/reward time/update compile/count compile/seconds"
+            "time/partner time/reward time/update time/data tokens/prompts tokens/completions "
+            "compile/count compile/seconds"
         )
         own = {
             "perceiver": "overlap_penalty label_penalty parse_ok empty boxes",
@@ -462,7 +464,8 @@ def make_experience(values: list[list[float | None]]) -> Experience:
     )
     rewards = [[Reward(v, {} if v is None else {"answer": v}) for v in g] for g in values]
     nothing = [[ParsedBoxes((), True)] * group for _ in values]
-    rollout = Rollout(None, completions, [[Completion("", ())] * group] * rows)
+    prompts = types.SimpleNamespace(valid=np.ones((rows + 1, 5), int))
+    rollout = Rollout(prompts, completions, [[Completion("", ())] * group] * rows)
     return Experience(rollout, rewards, [[]] * rows, nothing, [], [])
 
 
@@ -479,6 +482,7 @@ class TestRewards:
         assert metrics["reward/mean"] == pytest.approx(4 / 6)
         assert metrics["reward/zero_variance_groups"] == 0.5
         assert metrics["completion/length_mean"] == 2
+        assert (metrics["tokens/prompts"], metrics["tokens/completions"]) == (10, 12)
         assert metrics["completion/length_min"] == 1
         assert metrics["completion/length_max"] == 3
         assert metrics["completion/truncated_fraction"] == pytest.approx(1 / 3)
