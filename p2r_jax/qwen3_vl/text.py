@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from p2r_jax.qwen3_vl.config import TextConfig
-from p2r_jax.qwen3_vl.layers import Linear, RMSNorm, param, rotate_half, stack
+from p2r_jax.qwen3_vl.layers import Linear, RMSNorm, inverse_frequencies, param, rotate_half, stack
 from p2r_jax.qwen3_vl.positions import mrope_axes
 
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
@@ -30,9 +30,7 @@ def rotary_angles(
 ) -> tuple[Float[Array, "*S 1 D"], Float[Array, "*S 1 D"]]:
     """Cosine and sine of the interleaved M-RoPE angles, float32."""
     half = config.head_dim // 2
-    # As the reference rounds it: `theta ** -x` differs by one unit in the last place, which is
-    # 1e-3 in the cosine at position 10,000.
-    frequencies = 1 / config.rope_theta ** (np.arange(half, dtype=np.float32) / half)
+    frequencies = inverse_frequencies(config.rope_theta, half)
     by_axis = jnp.moveaxis(positions, 0, -1)[..., mrope_axes(config.mrope_section)]
     angles = by_axis.astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], -1)[..., None, :]

@@ -18,7 +18,14 @@ from jaxtyping import Array, Bool, Float
 from p2r_jax.ops.attention import attention, segment_mask
 from p2r_jax.qwen3_vl.config import VisionConfig
 from p2r_jax.qwen3_vl.inputs import Patches
-from p2r_jax.qwen3_vl.layers import LayerNorm, Linear, param, rotate_half, stack
+from p2r_jax.qwen3_vl.layers import (
+    LayerNorm,
+    Linear,
+    inverse_frequencies,
+    param,
+    rotate_half,
+    stack,
+)
 
 
 class VisionBlock(nnx.Module):
@@ -120,10 +127,7 @@ class VisionTower(nnx.Module):
         looked_up = table[patches.pos_index].astype(jnp.float32)
         x = x + (looked_up * patches.pos_weight[..., None]).sum(-2).astype(dtype)
 
-        # The reference's rounding, as in `text.rotary_angles`.
-        frequencies = 1 / config.rope_theta ** (
-            np.arange(config.head_dim // 4, dtype=np.float32) / (config.head_dim // 4)
-        )
+        frequencies = inverse_frequencies(config.rope_theta, config.head_dim // 4)
         angles = patches.row_col[..., None].astype(jnp.float32) * frequencies
         angles = angles.reshape(*angles.shape[:2], 1, -1)  # rows, then columns
         angles = jnp.concatenate([angles, angles], -1)

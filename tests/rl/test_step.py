@@ -387,7 +387,9 @@ class TestUpdate:
             parameter_shardings(params, mesh),
             is_leaf=lambda x: isinstance(x, nnx.Variable),
         )
-        state = new_state(jax.device_put(params, shardings, may_alias=False), adamw)
+        # A copy first: the step gives its state away, and replicas may share memory with `params`.
+        own = jax.device_put(jax.tree.map(jnp.copy, params), shardings)
+        state = new_state(own, adamw)
         rows = batch_sharding(mesh)
         by_axis = jax.NamedSharding(mesh, jax.P(None, *rows.spec))
         batch = make_batch()

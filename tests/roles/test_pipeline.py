@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -166,7 +168,11 @@ def test_default_buckets_hold_four_images_of_the_budget(processor):
         assert 4 * rows * columns <= buckets.patches[-1]
         assert max(target) <= buckets.canvas[-1]
     assert 4 * sizes.max_patches // 4 <= buckets.prompt_tokens[-1]
-    assert buckets.image == (512,)
+    assert buckets.image == (64, 128, 256, 512)
+    # A small image does not pay for a large budget: steps of at most a doubling from small on.
+    for sizes in dataclasses.astuple(buckets):
+        assert sizes[0] == 64
+        assert all(small < large <= 2 * small for small, large in itertools.pairwise(sizes))
 
 
 # --- complete ---------------------------------------------------------------------------------
