@@ -45,8 +45,10 @@ def make_warm_start(
     tower of this run goes to `out`.tower as soon as it is trained. Raises FileExistsError if `out`
     exists, ValueError if the devices cannot share a batch.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists: choose another folder or delete it first")
+    kept = out.with_name(f"{out.name}.tower")
+    for folder in (out, kept) if tower is None else (out,):
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists: choose another --out or delete it first")
     console = Console(highlight=False)
     dense = DenseConfig(seed=seed) if dense_steps is None else DenseConfig(dense_steps, seed=seed)
     joint = WarmStartConfig(seed=seed) if steps is None else WarmStartConfig(steps, seed=seed)
@@ -61,8 +63,8 @@ def make_warm_start(
     asked = {"seed": seed, "dense_steps": dense_steps, "steps": steps, "tower": tower}
     options = [f"--{name} {value}" for name, value in asked.items() if value is not None]
     made: dict[str, Any] = {"command": " ".join(["p2r sft --out DIR", *options])}
-    with tempfile.TemporaryDirectory() as folder:
-        files = Path(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = Path(scratch)
         processor = write_tiny_files(source, files)
         model = Qwen3VL(processor.config, nnx.Rngs(seed))
         size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
@@ -72,9 +74,7 @@ def make_warm_start(
             made["dense"] = _follow(rows, "dense", dense, console)
             _to_one_device(model)
             # Its own folder, so that the long stage need not be repeated (`--tower`).
-            kept = out.with_name(f"{out.name}.tower")
-            if not kept.exists():
-                save_pretrained(model, kept, files_from=files, dtype="float32")
+            save_pretrained(model, kept, files_from=files, dtype="float32")
         else:
             nnx.update(model.visual, nnx.state(load_pretrained(tower, dtype="float32").visual))
         builder = RequestBuilder(processor, load_prompt_set("tiny"), BUCKETS)

@@ -49,8 +49,12 @@ def test_both_stages_leave_a_checkpoint_that_says_how_it_was_made(tmp_path):
 
 
 def test_an_existing_folder_is_refused(tmp_path):
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    """The checkpoint's, and that of an earlier tower."""
+    with pytest.raises(FileExistsError, match="choose another --out"):
         launch.make_warm_start(tmp_path)
+    (tmp_path / "tiny.tower").mkdir()
+    with pytest.raises(FileExistsError, match=r"tiny\.tower exists"):
+        launch.make_warm_start(tmp_path / "tiny")
 
 
 def test_devices_that_cannot_share_a_batch_are_refused_before_any_training(tmp_path):
