@@ -43,4 +43,7 @@ $(BIN)/python:
 
 .venv/.installed-test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python tests/compilers.py | $(BIN)/python -m pip install --quiet --no-deps \
+	  --target .venv/compilers --upgrade -r /dev/stdin || \
+	  echo "no TPU and GPU compilers for this machine: their tests will be skipped"
 	@touch $@

@@ -36,6 +36,8 @@ class ModelConfig:
     min_pixels: int | None = None
     """Per image, crops too; None = what the checkpoint's preprocessor_config.json says."""
     max_pixels: int | None = None
+    kernels: Literal["auto", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
+    """Implementation of attention; auto = what suits the devices."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of rollouts, the reference and the update's forward and backward pass. The trained weights
     and the optimizer are float32 always."""
@@ -52,8 +54,8 @@ class BucketConfig:
     prompt_tokens: list[int] = field(default_factory=lambda: [2560, 4608, 8704])
     """Of a prompt, visual tokens included."""
     response_tokens: list[int] = field(default_factory=lambda: [64, 256, 1024])
-    """Of the completions in an update; those of a step take the smallest that holds the longest,
-    beyond the last one `max_new_tokens`."""
+    """Of the completions: an update takes the smallest that holds the longest of its step, and a
+    rollout grows its cache through them; beyond the last one `max_new_tokens`."""
     canvas: list[int] = field(default_factory=lambda: [2048, 4096, 8192])
     """Largest side of a resized image, pixels."""
     image: list[int] = field(default_factory=lambda: [2048, 4096, 8192])
@@ -81,6 +83,13 @@ class PhaseConfig:
     """Completions per question."""
     max_new_tokens: int = 1024
     temperature: float = 1.0
+    top_k: int = 0
+    """Draw among the k likeliest tokens; 0 = all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Draw among tokens at least this many times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
     partner_max_new_tokens: int = 2048
     """The partner decodes greedily."""
     microbatch: int = 0
@@ -89,6 +98,21 @@ class PhaseConfig:
     """Role anchor, an addition to the paper: weight of the cross-entropy on the phase snapshot's
     own greedy outputs for the idle role. 0 = the authors' method."""
     role_anchor_prompts: int = 16
+
+
+@dataclasses.dataclass
+class RolloutConfig:
+    """How many completions decode at once. Changes speed and memory, never a completion."""
+
+    slots: int | None = None
+    """Prompts of a step that the policy decodes at once; a slot whose completions have all ended
+    takes the next prompt. null = all."""
+    columns: int | None = None
+    """Completions of a prompt that decode at once; null = the whole group."""
+    refill: int | None = None
+    """Free slots that are filled together; null = a quarter of the slots."""
+    greedy_slots: int = 64
+    """As `slots`, for the partner and for evaluations."""
 
 
 @dataclasses.dataclass
@@ -143,7 +167,7 @@ class EvalDuringTraining:
     )
     """Modes before training and at its end; `modes` in between."""
     batch: int = 64
-    """Questions per batch."""
+    """Questions whose images are uploaded together."""
 
 
 @dataclasses.dataclass
@@ -172,6 +196,7 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     buckets: BucketConfig = field(default_factory=BucketConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     phases: list[PhaseConfig] = field(
         default_factory=lambda: [
             PhaseConfig(role="perceiver"),
@@ -236,6 +261,7 @@ class EvalConfig:
     offset: int = 0
     seed: int = 0
     batch: int = 64
+    """Questions whose images are uploaded, and which decode, at once."""
     out: str = "runs/eval"
     """Folder for `eval/<name>.jsonl` (every sample) and `eval/<name>.json` (the summary)."""
     name: str = "eval"
@@ -244,9 +270,13 @@ class EvalConfig:
     perceiver_max_new_tokens: int = 256
     reasoner_max_new_tokens: int = 1024
     direct_max_new_tokens: int = 16
+    repetition_penalty: float = 1.0
+    """On tokens of the prompt and the completion; the authors evaluate with 1.05."""
     min_pixels: int | None = None
     max_pixels: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    kernels: Literal["auto", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
+    """As `model.kernels` of training."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     buckets: BucketConfig | None = None
     """None = sizes that fit the model's pixel budget."""

@@ -5,8 +5,11 @@ The settings precede the first import of JAX; pytest imports this file before an
 
 import importlib.metadata
 import os
+import sys
 
 import pytest
+
+from tests.compilers import FOLDER
 
 _flags = ["--xla_force_host_platform_device_count=8"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -16,6 +19,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([*(f for f in _flags if f.split("=")[0] not in _given), _given])
 os.environ["JAX_PLATFORMS"] = "cpu"
+if FOLDER.is_dir():
+    sys.path.append(str(FOLDER))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

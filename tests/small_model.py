@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 
 from p2r_jax.ops.attention import MASKED
+from p2r_jax.ops.kernels import Kernels
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
 from p2r_jax.qwen3_vl.model import Qwen3VL
-from p2r_jax.rollout.engine import Vocabulary
+from p2r_jax.rollout.sampling import Vocabulary
 
 VOCABULARY, PAD, IMAGE, VIDEO, START, END = 96, 0, 1, 2, 3, 4
 STOP = (5, 6, 7, 8, 9, 10, 11, 12)
@@ -66,9 +67,9 @@ ROWS: dict[str, Sequence[Any]] = {
 PROMPT_TOKENS, NUM_PATCHES = 24, 40
 
 
-def make_model(seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
+def make_model(seed: int = 0, kernels: Kernels | None = None) -> tuple[nnx.GraphDef, nnx.State]:
     """Norms and biases are perturbed: a weight of one and a bias of zero hide their absence."""
-    graph, params = nnx.split(Qwen3VL(CONFIG, nnx.Rngs(seed)), nnx.Param)
+    graph, params = nnx.split(Qwen3VL(CONFIG, nnx.Rngs(seed), kernels), nnx.Param)
     rng = np.random.default_rng(seed)
     return graph, jax.tree.map(
         lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params

@@ -7,7 +7,7 @@ from flax import nnx
 
 from p2r_jax.data.loader import evaluation_batches
 from p2r_jax.data.visual_search import VisualSearch
-from p2r_jax.evals.runner import TokenLimits, evaluate
+from p2r_jax.evals.runner import Decoding, evaluate
 from p2r_jax.evals.scoring import summarize_modes
 from p2r_jax.qwen3_vl import load_pretrained
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
@@ -16,6 +16,7 @@ from p2r_jax.roles.answers import has_answer_tag
 from p2r_jax.roles.boxes import parse_response
 from p2r_jax.roles.pipeline import Pipeline, default_prompt_set, perceive_and_reason
 from p2r_jax.roles.prompts import load_prompt_set
+from p2r_jax.rollout.generate import Schedule
 from p2r_jax.sft.dense import DenseConfig
 from p2r_jax.sft.warm_start import BUCKETS, WarmStartConfig
 
@@ -42,10 +43,10 @@ def test_it_is_the_weak_start_that_the_readme_describes():
     processor = Processor.from_pretrained(folder)
     graph, params = nnx.split(load_pretrained(folder, dtype="float32"), nnx.Param)
     prompts = load_prompt_set(default_prompt_set(processor.config))
-    pipeline = Pipeline.create(graph, processor, prompts, BUCKETS, batch_rows=64)
+    pipeline = Pipeline.create(graph, processor, prompts, BUCKETS, schedule=Schedule(slots=64))
     batches = evaluation_batches(VisualSearch("test", seed=0), 64, 128)
     modes = ("default", "p2r", "oracle_box")
-    records = evaluate(pipeline, params, batches, modes, TokenLimits(28, 10, 16), total=128)
+    records = evaluate(pipeline, params, batches, modes, Decoding.greedy(28, 10, 16), total=128)
     summary = summarize_modes("", records)["modes"]
     assert 0.3 < summary["p2r"]["hit_rate"] < 0.75
     assert summary["oracle_box"]["accuracy"] > 0.55

@@ -12,11 +12,11 @@ from flax import nnx
 from PIL import Image
 from rich.console import Console
 
-from p2r_jax.config import EvalConfig
+from p2r_jax.config import BucketConfig, EvalConfig
 from p2r_jax.data.loader import evaluation_batches
 from p2r_jax.data.sources import Source, load_source
 from p2r_jax.data.visual_search import VisualSearch
-from p2r_jax.evals.runner import EvalWriter, TokenLimits, check_modes, evaluate
+from p2r_jax.evals.runner import Decoding, EvalWriter, check_modes, evaluate
 from p2r_jax.evals.scoring import format_table, summary_rows
 from p2r_jax.parallel.mesh import make_mesh
 from p2r_jax.qwen3_vl.hf import load_pretrained
@@ -33,6 +33,7 @@ from p2r_jax.roles.pipeline import (
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.render import contact_sheet
 from p2r_jax.roles.requests import Buckets
+from p2r_jax.rollout.generate import Schedule
 
 
 def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict[str, Any]:
@@ -64,11 +65,13 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
         else Buckets.of(config.buckets)
     )
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model = load_pretrained(folder, mesh, config.dtype)
+    model = load_pretrained(folder, mesh, config.dtype, config.kernels)
     graph, params = nnx.split(model, nnx.Param)
     named = config.prompts or trained.get("prompts") or default_prompt_set(processor.config)
     prompts = load_prompt_set(named)
-    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, config.batch)
+    rings = tuple((config.buckets or BucketConfig()).response_tokens)
+    schedule = Schedule(config.batch, rings=rings)
+    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, schedule)
     total = max(0, min(limit, len(source) - config.offset))
     if not total:
         raise ValueError(f"offset {config.offset} leaves no row of {len(source)}")
@@ -78,10 +81,11 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
         params,
         evaluation_batches(source, config.batch, total, config.offset),
         config.modes,
-        TokenLimits(
+        Decoding.greedy(
             config.perceiver_max_new_tokens,
             config.reasoner_max_new_tokens,
             config.direct_max_new_tokens,
+            config.repetition_penalty,
         ),
         total=total,
         seed=config.seed,

@@ -11,6 +11,7 @@ Training runs the same code between its phases.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import zlib
@@ -37,16 +38,29 @@ from p2r_jax.roles.pipeline import Pipeline
 from p2r_jax.roles.prompts import Role
 from p2r_jax.roles.render import crops
 from p2r_jax.roles.requests import ImageStore
+from p2r_jax.rollout.sampling import Sampling
 
 MODES = ("default", "baseline", "p2r", "oracle_box", "random_box")
 Record = dict[str, Any]
 
 
-class TokenLimits:
-    """New tokens of each role in an evaluation."""
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How each role writes in an evaluation."""
 
-    def __init__(self, perceiver: int, reasoner: int, direct: int):
-        self.perceiver, self.reasoner, self.direct = perceiver, reasoner, direct
+    perceiver: Sampling
+    reasoner: Sampling
+    direct: Sampling
+
+    @classmethod
+    def greedy(
+        cls, perceiver: int, reasoner: int, direct: int, repetition_penalty: float = 1.0
+    ) -> Decoding:
+        """New tokens of each role at most, and a penalty for all."""
+        caps = (perceiver, reasoner, direct)
+        return cls(
+            *(Sampling(n, temperature=0.0, repetition_penalty=repetition_penalty) for n in caps)
+        )
 
 
 def check_modes(modes: Sequence[str]) -> None:
@@ -72,7 +86,7 @@ def evaluate(
     params: nnx.State,
     batches: Iterable[list[LoadedRow]],
     modes: Sequence[str],
-    limits: TokenLimits,
+    decoding: Decoding,
     *,
     total: int,
     seed: int = 0,
@@ -96,7 +110,7 @@ def evaluate(
             )
             for mode in modes:
                 for record, loaded in _run_mode(
-                    pipeline, params, batch, images, mode, limits, seed, verifier
+                    pipeline, params, batch, images, mode, decoding, seed, verifier
                 ):
                     on_record(record, loaded)
                     records.append(record)
@@ -110,7 +124,7 @@ def _run_mode(
     batch: list[LoadedRow],
     images: ImageStore,
     mode: str,
-    limits: TokenLimits,
+    decoding: Decoding,
     seed: int,
     verifier: Verifier | None,
 ) -> list[tuple[Record, LoadedRow]]:
@@ -127,18 +141,18 @@ def _run_mode(
     if mode == "default" or mode == "baseline":
         role: Role = "direct" if mode == "default" else "baseline"
         requests = [pipeline.builder.plain(role, images, *question) for question in questions]
-        cap = limits.direct if mode == "default" else limits.reasoner
-        answers = [o.text for o in pipeline.complete(params, requests, images, cap)]
+        sampling = decoding.direct if mode == "default" else decoding.reasoner
+        answers = [o.text for o in pipeline.complete(params, requests, images, sampling)]
     else:
         if mode == "p2r":
-            found = pipeline.perceive(params, images, questions, limits.perceiver)
+            found = pipeline.perceive(params, images, questions, decoding.perceiver)
             perceived = [text for text, _ in found]
             boxes = [list(parsed.boxes) for _, parsed in found]
         elif mode == "oracle_box":
             boxes = [[Box(box, "true") for box in b.row.boxes] for _, b in chosen]
         else:
             boxes = [random_boxes(b.row.id, b.row.boxes, seed) for _, b in chosen]
-        answers = pipeline.reason(params, images, questions, boxes, limits.reasoner)
+        answers = pipeline.reason(params, images, questions, boxes, decoding.reasoner)
     return [
         (_record(mode, b, text, own, answer, verifier), b)
         for (_, b), text, own, answer in zip(chosen, perceived, boxes, answers, strict=True)

@@ -1,4 +1,11 @@
-"""Attention: XLA reference implementations of the three shapes that P2R needs.
+"""Attention: XLA reference implementations of the four shapes that P2R needs.
+
+    causal          prompts (prefill)
+    segment         patches of several images in one row (vision)
+    shared prefix   a prompt and its G completions in one row (update)
+    decode          one new token of each completion against prompt and own past (rollout)
+
+`ops.kernels` chooses between these and the kernels of an accelerator.
 
 Letters: B rows, G completions a row, P prompt tokens, R completion tokens, S any sequence,
 H query heads, K key-value heads (H = K * groups), D head width. Scores and softmax are float32,
@@ -7,6 +14,9 @@ padding queries with no key at all give a harmless average instead of NaN.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +78,26 @@ def attention_weights(
     return jax.nn.softmax(scores, axis=-1)
 
 
+def causal_attention(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    valid: Int[Array, "B S"],
+) -> Float[Array, "B S H D"]:
+    """Each token reads itself and the valid tokens before it."""
+    return attention(q, k, v, causal_mask(valid))
+
+
+def segment_attention(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    segment: Int[Array, "B S"],
+) -> Float[Array, "B S H D"]:
+    """Tokens read the tokens of their own segment."""
+    return attention(q, k, v, segment_mask(segment))
+
+
 def causal_mask(valid: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
     """Each token reads itself and the valid tokens before it."""
     size = valid.shape[-1]
@@ -89,60 +119,87 @@ def shared_prefix_attention(
     """Attention of prompt ++ G completions: the prompt is causal, a completion sees it and itself.
 
     The prompt's keys are read by all completions of the row from one copy, and no score between
-    two completions is ever computed: P*P + G*R*(P + R) scores instead of (P + G*R)².
+    two completions is ever computed: P*P + G*R*(P + R) scores instead of (P + G*R)². Completions
+    go through in chunks of about QUERY_CHUNK queries, forward and backward.
     """
     rows, prompt = prompt_valid.shape
     _, group, length = completion_valid.shape
-    heads, width = q.shape[-2:]
-    kv_heads = k.shape[-2]
-    from_prompt = attention(q[:, :prompt], k[:, :prompt], v[:, :prompt], causal_mask(prompt_valid))
+    from_prompt = causal_attention(q[:, :prompt], k[:, :prompt], v[:, :prompt], prompt_valid)
 
-    q_own = q[:, prompt:].reshape(rows, group, length, heads, width)
-    k_own, v_own = (x[:, prompt:].reshape(rows, group, length, kv_heads, width) for x in (k, v))
+    own = [x[:, prompt:].reshape(rows, group, length, *x.shape[2:]) for x in (q, k, v)]
+    own.append(completion_valid)
+    one = functools.partial(_completions_attention, k[:, :prompt], v[:, :prompt], prompt_valid)
+    sizes = [n for n in range(1, group + 1) if group % n == 0 and n * length <= QUERY_CHUNK]
+    together = max(sizes, default=1)
+    if together == group:
+        out = one(own)
+    else:
+        chunks = [
+            jnp.moveaxis(x.reshape(rows, group // together, together, *x.shape[2:]), 1, 0)
+            for x in own
+        ]
+        out = jnp.moveaxis(jax.lax.map(jax.checkpoint(one), chunks), 0, 1)
+    return jnp.concatenate([from_prompt, out.reshape(rows, group * length, *q.shape[2:])], axis=1)
+
+
+def _completions_attention(
+    prompt_k: Float[Array, "B P K D"],
+    prompt_v: Float[Array, "B P K D"],
+    prompt_valid: Int[Array, "B P"],
+    own: Sequence[Array],
+) -> Float[Array, "B G*R H D"]:
+    """Completions against the shared prompt and, causally, themselves; own: q, k, v, valid."""
+    q, k, v, valid = own
+    rows, group, length, heads, width = q.shape
+    prompt, kv_heads = prompt_k.shape[1:3]
     # [B, K, g, G*R, P]: the group is folded into the query dimension.
-    to_prompt = _scores(q[:, prompt:], k[:, :prompt])
+    to_prompt = _scores(q.reshape(rows, group * length, heads, width), prompt_k)
     to_prompt = jnp.where(prompt_valid.astype(bool)[:, None, None, None, :], to_prompt, MASKED)
     to_prompt = to_prompt.reshape(rows, kv_heads, heads // kv_heads, group, length, prompt)
     to_prompt = jnp.moveaxis(to_prompt, 3, 1)
-    to_own = _scores(q_own, k_own)
-    own_mask = causal_mask(completion_valid.reshape(rows * group, length))
+    own_mask = causal_mask(valid.reshape(rows * group, length))
     own_mask = own_mask.reshape(rows, group, 1, 1, length, length)
-    to_own = jnp.where(own_mask, to_own, MASKED)
+    to_own = jnp.where(own_mask, _scores(q, k), MASKED)
 
     weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], -1), axis=-1)
     at_prompt = jnp.moveaxis(weights[..., :prompt], 1, 3)
     at_prompt = at_prompt.reshape(rows, kv_heads, heads // kv_heads, group * length, prompt)
-    out = _weighted(at_prompt, v[:, :prompt])
-    out += _weighted(weights[..., prompt:], v_own).reshape(out.shape)
-    return jnp.concatenate([from_prompt, out], axis=1)
+    out = _weighted(at_prompt, prompt_v)
+    return out + _weighted(weights[..., prompt:], v).reshape(out.shape)
 
 
 def decode_attention(
     q: Float[Array, "B G H D"],
     k_new: Float[Array, "B G K D"],
     v_new: Float[Array, "B G K D"],
-    prefix: tuple[Float[Array, "B P K D"], Float[Array, "B P K D"]],
-    suffix: tuple[Float[Array, "B G R K D"], Float[Array, "B G R K D"]],
-    prompt_valid: Int[Array, "B P"],
-    step: Int[Array, ""],
+    prefix: tuple[Float[Array, "B K P D"], Float[Array, "B K P D"]],
+    suffix: tuple[Float[Array, "B K G C D"], Float[Array, "B K G C D"]],
+    prefix_valid: Int[Array, "B P"],
+    suffix_valid: Bool[Array, "B G C"],
 ) -> Float[Array, "B G H D"]:
-    """One decoding step of G completions a row against the shared prefix and their own suffix.
+    """One decoding step of G completions a row against the shared prefix and their own past.
 
     The new token's own key and value are passed apart from the suffix cache (which holds the
-    `step` tokens before it), so that a layer only reads its caches and the caller writes them
-    once for all layers.
+    tokens before it where `suffix_valid`), so that a layer only reads its caches and the caller
+    writes them once for all layers. Heads come first in the caches: each head's keys are then one
+    contiguous matrix, read once for all queries.
     """
     rows, group, heads, width = q.shape
-    prompt, length = prefix[0].shape[1], suffix[0].shape[2]
-    to_prefix = _scores(q, prefix[0])  # [B, K, g, G, P]
-    to_prefix = jnp.where(prompt_valid.astype(bool)[:, None, None, None, :], to_prefix, MASKED)
-    to_prefix = jnp.moveaxis(to_prefix, 3, 1)[..., None, :]  # [B, G, K, g, 1, P]
-    to_suffix = _scores(q[:, :, None], suffix[0])  # [B, G, K, g, 1, R]
-    to_suffix = jnp.where(jnp.arange(length) < step, to_suffix, MASKED)
-    to_self = _scores(q[:, :, None], k_new[:, :, None])
+    kv_heads, prompt = prefix[0].shape[1:3]
+    per_head = q.reshape(rows, group, kv_heads, heads // kv_heads, width)
+    scale = width**-0.5
+
+    def scores(pattern: str, queries: Array, keys: Array) -> Array:
+        return jnp.einsum(pattern, queries, keys, preferred_element_type=jnp.float32) * scale
+
+    to_prefix = scores("bgkhd,bkpd->bkghp", per_head, prefix[0])
+    to_prefix = jnp.where(prefix_valid.astype(bool)[:, None, None, None], to_prefix, MASKED)
+    to_suffix = scores("bgkhd,bkgcd->bkghc", per_head, suffix[0])
+    to_suffix = jnp.where(suffix_valid[:, None, :, None], to_suffix, MASKED)
+    to_self = scores("bgkhd,bgkd->bkgh", per_head, k_new)[..., None]
     weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_suffix, to_self], -1), axis=-1)
-    at_prefix = jnp.moveaxis(weights[..., 0, :prompt], 1, 3)  # [B, K, g, G, P]
-    out = _weighted(at_prefix, prefix[1])
-    out += _weighted(weights[..., prompt : prompt + length], suffix[1])[:, :, 0]
-    out += _weighted(weights[..., prompt + length :], v_new[:, :, None])[:, :, 0]
+    weights = weights.astype(v_new.dtype)
+    out = jnp.einsum("bkghp,bkpd->bgkhd", weights[..., :prompt], prefix[1])
+    out += jnp.einsum("bkghc,bkgcd->bgkhd", weights[..., prompt:-1], suffix[1])
+    out += jnp.einsum("bkgh,bgkd->bgkhd", weights[..., -1], v_new)
     return out.reshape(rows, group, heads, width)

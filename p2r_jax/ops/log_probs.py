@@ -1,7 +1,7 @@
 """Log-probabilities over a large vocabulary without ever holding [tokens, V].
 
-T tokens, E width, V vocabulary (151,936 for Qwen3-VL). Tokens go through the output matrix in
-chunks, and the backward pass recomputes each chunk's logits instead of storing them.
+B rows, T tokens of each, E width, V vocabulary (151,936 for Qwen3-VL). Tokens go through the output
+matrix in chunks, and the backward pass recomputes each chunk's logits instead of storing them.
 """
 
 from __future__ import annotations
@@ -12,43 +12,49 @@ from jaxtyping import Array, Bool, Float, Int
 
 from p2r_jax.ops.attention import MASKED
 
+TOKEN_CHUNK = 1024
+
 
 def masked_logits(
     hidden: Float[Array, "*T E"],
     unembedding: Float[Array, "V E"],
     allowed: Bool[Array, " V"],
-    temperature: float,
 ) -> Float[Array, "*T V"]:
-    """Float32 logits at a sampling temperature; tokens that are not allowed get a huge negative."""
+    """Float32 logits; tokens that are not allowed get a huge negative."""
     logits = jnp.einsum("...e,ve->...v", hidden, unembedding, preferred_element_type=jnp.float32)
-    return jnp.where(allowed, logits / temperature, MASKED)
+    return jnp.where(allowed, logits, MASKED)
 
 
 def token_log_probs(
-    hidden: Float[Array, "T E"],
+    hidden: Float[Array, "B T E"],
     unembedding: Float[Array, "V E"],
-    targets: Int[Array, " T"],
+    targets: Int[Array, "B T"],
     allowed: Bool[Array, " V"],
     temperature: float = 1.0,
-    chunk: int = 1024,
-) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
+    shards: int = 1,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target and entropy of its distribution (nats), both float32.
 
-    The distribution is the sampler's: restricted to `allowed`, at `temperature`. Memory is
-    O(chunk * V), forward and backward.
+    The distribution is the sampler's: restricted to `allowed`, at `temperature`. shards: devices
+    that the rows are split over. Memory of each is O(TOKEN_CHUNK * V), forward and backward.
+
+    A chunk takes a few tokens of *every* row, so that each device has its share of it and no hidden
+    state has to move.
     """
-    count, width = hidden.shape
-    chunk = min(chunk, count)
-    padded = -(-count // chunk) * chunk
-    hidden = jnp.pad(hidden, ((0, padded - count), (0, 0))).reshape(-1, chunk, width)
-    targets = jnp.pad(targets, (0, padded - count)).reshape(-1, chunk)
+    rows, count, width = hidden.shape
+    chunk = min(max(1, TOKEN_CHUNK * shards // rows), count)
+    parts = -(-count // chunk)
+    pad = ((0, 0), (0, parts * chunk - count))
+    hidden = jnp.pad(hidden, (*pad, (0, 0))).reshape(rows, parts, chunk, width)
+    targets = jnp.pad(targets, pad).reshape(rows, parts, chunk)
 
     @jax.checkpoint
-    def one(inputs):
+    def one(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         h, target = inputs
-        log_p = jax.nn.log_softmax(masked_logits(h, unembedding, allowed, temperature))
+        log_p = jax.nn.log_softmax(masked_logits(h, unembedding, allowed) / temperature)
         entropy = -(jnp.exp(log_p) * log_p).sum(-1)
-        return jnp.take_along_axis(log_p, target[:, None], -1)[:, 0], entropy
+        return jnp.take_along_axis(log_p, target[..., None], -1)[..., 0], entropy
 
-    log_prob, entropy = jax.lax.map(one, (hidden, targets))
-    return log_prob.reshape(-1)[:count], entropy.reshape(-1)[:count]
+    out = jax.lax.map(one, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)))
+    log_prob, entropy = (jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :count] for x in out)
+    return log_prob, entropy

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.flax import save_file
 
+from p2r_jax.ops.kernels import Implementation, Kernels
 from p2r_jax.parallel.mesh import parameter_shardings
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.model import Qwen3VL
@@ -187,22 +188,28 @@ class _Folder:
         return np.asarray(handle.get_tensor(own))
 
 
-def abstract_model(config: Qwen3VLConfig) -> Qwen3VL:
+def abstract_model(config: Qwen3VLConfig, kernels: Kernels | None = None) -> Qwen3VL:
     """The module tree with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: Qwen3VL(config, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Qwen3VL(config, nnx.Rngs(0), kernels))
 
 
-def load_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: Any = "bfloat16") -> Qwen3VL:
+def load_pretrained(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = "bfloat16",
+    kernels: Implementation | Literal["auto"] = "auto",
+) -> Qwen3VL:
     """Load a Hugging Face Qwen3-VL folder (one safetensors file or a sharded index).
 
     mesh: where to place parameters (see `parallel.mesh`); None = the default device.
-    dtype: of all parameters. Raises FileNotFoundError for a missing folder or file and ValueError
-    listing every missing, unexpected and mis-shaped tensor at once.
+    dtype: of all parameters. kernels: attention, see `ops.kernels`. Raises FileNotFoundError for a
+    missing folder or file and ValueError listing every missing, unexpected and mis-shaped tensor
+    at once.
     """
     path = Path(path)
     config = Qwen3VLConfig.from_pretrained(path)
     folder = _Folder(path)
-    graph, state = nnx.split(abstract_model(config))
+    graph, state = nnx.split(abstract_model(config, Kernels.choose(kernels, mesh)))
     flat = _flat(state)
     entries = list(_entries(config, flat))
 

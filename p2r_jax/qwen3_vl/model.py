@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from p2r_jax.ops.attention import attention, causal_mask
+from p2r_jax.ops.kernels import Kernels
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
 from p2r_jax.qwen3_vl.layers import param
@@ -21,11 +21,13 @@ from p2r_jax.qwen3_vl.vision import VisionTower
 class Qwen3VL(nnx.Module):
     """Qwen3-VL, general over configs; every shape comes from `config`."""
 
-    def __init__(self, config: Qwen3VLConfig, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3VLConfig, rngs: nnx.Rngs, kernels: Kernels | None = None):
+        """kernels: default, the XLA reference implementations."""
         self.config = config
+        self.kernels = kernels or Kernels()
         self.name_or_path = ""
         """The folder the weights came from, as in transformers; "" if made from nothing."""
-        self.visual = VisionTower(config.vision, rngs)
+        self.visual = VisionTower(config.vision, rngs, self.kernels)
         self.language_model = TextDecoder(config.text, rngs)
         shape = (config.text.vocab_size, config.text.hidden_size)
         self.lm_head = (
@@ -65,12 +67,11 @@ class Qwen3VL(nnx.Module):
 
     def __call__(self, prompts: Prompts) -> Float[Array, "B P V"]:
         """Logits of every prompt token (teacher forcing)."""
-        mask = causal_mask(prompts.valid)
         x, deepstack = self.embed_prompts(prompts)
         hidden, _ = self.language_model(
             x,
             prompts.positions,
-            lambda q, k, v, _: (attention(q, k, v, mask), None),
+            lambda q, k, v, _: (self.kernels.causal(q, k, v, prompts.valid), None),
             deepstack=deepstack,
             visual_slot=prompts.visual_slot,
         )

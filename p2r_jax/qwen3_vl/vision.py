@@ -8,14 +8,15 @@ buffer as the scan passes them, so uneven taps cost nothing.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from p2r_jax.ops.attention import attention, segment_mask
+from p2r_jax.ops.kernels import Kernels
 from p2r_jax.qwen3_vl.config import VisionConfig
 from p2r_jax.qwen3_vl.inputs import Patches
 from p2r_jax.qwen3_vl.layers import (
@@ -56,7 +57,7 @@ class VisionBlock(nnx.Module):
         x: Float[Array, "B N D"],
         cos: Float[Array, "B N 1 h"],
         sin: Float[Array, "B N 1 h"],
-        mask: Bool[Array, "B N N"],
+        attend: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "B N D"]:
         qkv = self.qkv(self.norm1(x))
         q, k, v = (qkv[:, :, i] for i in range(3))
@@ -65,7 +66,7 @@ class VisionBlock(nnx.Module):
             (t.astype(jnp.float32) * cos + rotate_half(t.astype(jnp.float32)) * sin).astype(x.dtype)
             for t in (q, k)
         )
-        x = x + self.proj(attention(q, k, v, mask))
+        x = x + self.proj(attend(q, k, v))
         return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True))
 
 
@@ -96,8 +97,9 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, kernels: Kernels):
         self.config = config
+        self.kernels = kernels
         self.patch_embed = Linear(
             (config.patch_dim,), (config.hidden_size,), (None, "vision_embed"), bias=True, rngs=rngs
         )
@@ -132,7 +134,9 @@ class VisionTower(nnx.Module):
         angles = angles.reshape(*angles.shape[:2], 1, -1)  # rows, then columns
         angles = jnp.concatenate([angles, angles], -1)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        mask = segment_mask(patches.image_id)
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return self.kernels.segments(q, k, v, patches.image_id)
 
         levels = len(config.deepstack_visual_indexes)
         # Level written after each block; `levels` means none.
@@ -143,7 +147,7 @@ class VisionTower(nnx.Module):
         def body(carry, inputs):
             x, taps = carry
             level, block_state = inputs
-            x = nnx.merge(graph, block_state)(x, cos, sin, mask)
+            x = nnx.merge(graph, block_state)(x, cos, sin, attend)
             taps = jax.lax.cond(
                 level < levels, lambda t: t.at[level].set(x, mode="drop"), lambda t: t, taps
             )

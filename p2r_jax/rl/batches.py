@@ -47,21 +47,23 @@ def training_batch(
             f"{dropped:.0%} of the samples could not be graded (limit loss.max_dropped_fraction = "
             f"{loss.max_dropped_fraction:.0%}): check the verifier and the answers of the data"
         )
-    completions = experience.rollout.completions
-    fill = ((0, completions.tokens.shape[0] - len(values)), (0, 0))
-    where = batch_sharding(mesh) if mesh is not None else None
-    keep = jax.device_put(np.pad(valid, fill), where)
-    prompts = experience.rollout.prompts
-    mask, stopped, valid_prompt = to_host((completions.mask, completions.stopped, prompts.valid))
-    length = response_length(int(mask.sum(-1).max()), completions.tokens.shape[2], lengths)
+    completions, prompts = experience.rollout.completions, experience.rollout.prompts
+    rows = prompts.tokens.shape[0] - len(values)
+    written = completions.mask.sum(-1)
+    length = response_length(int(written.max()), completions.tokens.shape[2], lengths)
+
+    def place(x: np.ndarray) -> jax.Array:
+        filled = np.pad(x, ((0, rows), *[(0, 0)] * (x.ndim - 1)))
+        return jax.device_put(filled, batch_sharding(mesh) if mesh is not None else None)
+
     batch = TrainingBatch(
         prompts,
-        completions.tokens[:, :, :length],
-        completions.mask[:, :, :length] & keep[:, :, None],
-        completions.log_probs[:, :, :length],
-        jax.device_put(np.pad(advantages, fill), where),
+        place(completions.tokens[:, :, :length]),
+        place(completions.mask[:, :, :length] & valid[:, :, None]),
+        place(completions.log_probs[:, :, :length]),
+        place(advantages),
     )
-    written = mask[: len(values)].sum(-1)
+    valid_prompt = to_host(prompts.valid)
     return batch, _reward_metrics(experience, values, valid) | {
         "reward/dropped_fraction": float(dropped),
         "tokens/prompts": int(valid_prompt[: len(values)].sum()),
@@ -69,7 +71,9 @@ def training_batch(
         "completion/length_mean": float(written.mean()),
         "completion/length_min": float(written.min()),
         "completion/length_max": float(written.max()),
-        "completion/truncated_fraction": float(1 - stopped[: len(values)].mean()),
+        "completion/truncated_fraction": float(1 - completions.stopped.mean()),
+        "rollout/steps": completions.steps,
+        "rollout/occupancy": completions.occupancy,
     }
 
 

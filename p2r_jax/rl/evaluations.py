@@ -12,7 +12,7 @@ from flax import nnx
 
 from p2r_jax.config import TrainConfig
 from p2r_jax.data.loader import evaluation_batches
-from p2r_jax.evals.runner import EvalWriter, TokenLimits, evaluate
+from p2r_jax.evals.runner import Decoding, EvalWriter, evaluate
 from p2r_jax.evals.scoring import summarize_modes
 from p2r_jax.rl.rewards import Verifier
 from p2r_jax.rl.run_log import RunLog
@@ -33,7 +33,7 @@ class Evaluations:
         self.config, self.pipeline, self.source = config, pipeline, source
         self.verifier = verifier
         self.run = Path(config.run)
-        self.limits = token_limits(config)
+        self.decoding = decoding_of(config)
         self.summaries: dict[str, dict[str, Any]] = {}
         """Of the full ones that are done: name -> mode -> summary."""
         self.seconds: dict[str, float] = {}
@@ -59,7 +59,7 @@ class Evaluations:
             params,
             batches,
             settings.modes,
-            self.limits,
+            self.decoding,
             total=settings.questions,
             verifier=self.verifier,
         )
@@ -76,7 +76,7 @@ class Evaluations:
             params,
             evaluation_batches(self.source, settings.batch, settings.final_questions),
             settings.final_modes if name in ("before", "after") else settings.modes,
-            self.limits,
+            self.decoding,
             total=settings.final_questions,
             verifier=self.verifier,
             on_record=writer,
@@ -97,7 +97,7 @@ class Evaluations:
                 self.summaries[name] = json.loads(file.read_text())["modes"]
 
 
-def token_limits(config: TrainConfig) -> TokenLimits:
+def decoding_of(config: TrainConfig) -> Decoding:
     """What each role may write: as much as in any phase."""
     caps: dict[str, int] = {}
     for phase in config.phases:
@@ -106,7 +106,7 @@ def token_limits(config: TrainConfig) -> TokenLimits:
         if idle:
             caps[idle] = max(caps.get(idle, 0), phase.partner_max_new_tokens)
     reasoner = max(caps.get("reasoner", 0), caps.get("baseline", 0))
-    return TokenLimits(caps.get("perceiver", 256), reasoner, 16)
+    return Decoding.greedy(caps.get("perceiver", 256), reasoner, 16)
 
 
 def _flat(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -27,7 +27,8 @@ from p2r_jax.roles.answers import TRAINING_LETTERS, choice_letters
 from p2r_jax.roles.boxes import ParsedBoxes, parse_response
 from p2r_jax.roles.pipeline import Completion, Pipeline, Rollout
 from p2r_jax.roles.requests import ImageStore, Request
-from p2r_jax.rollout.engine import Sampling
+from p2r_jax.rollout.generate import Schedule
+from p2r_jax.rollout.sampling import Sampling
 
 Grader = Callable[[Row, str], float | None]
 """(row, response) -> 1 or 0, or None if nothing could grade it."""
@@ -77,6 +78,8 @@ class Step:
     images: ImageStore
     seeds: np.ndarray
     """One per question."""
+    schedule: Schedule
+    """Of the policy's rollout."""
     grade: Grader
     clock: Clock
 
@@ -89,20 +92,27 @@ class Step:
 
     def sample(self, requests: Sequence[Request]) -> Rollout:
         """G completions of each request by the policy."""
-        phase = self.phase
-        sampling = Sampling(phase.max_new_tokens, phase.group, phase.temperature)
-        return self.pipeline.sample(self.policy, requests, self.images, sampling, self.seeds)
+        sampling = phase_sampling(self.phase)
+        return self.pipeline.sample(
+            self.policy, requests, self.images, sampling, self.seeds, self.schedule
+        )
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Greedy completions by the partner."""
-        limit = self.phase.partner_max_new_tokens
-        return self.pipeline.complete(self.partner, requests, self.images, limit)
+        sampling = Sampling(self.phase.partner_max_new_tokens)
+        return self.pipeline.complete(self.partner, requests, self.images, sampling)
 
     def grade_answers(self, rollout: Rollout) -> list[list[Reward]]:
         return [
             [reasoner_reward(text, self.grade(loaded.row, text)) for text in texts]
             for loaded, texts in zip(self.rows, rollout.texts, strict=True)
         ]
+
+
+def phase_sampling(phase: PhaseConfig) -> Sampling:
+    """How the learning role's completions are drawn. Raises ValueError naming a bad setting."""
+    shared = {field.name for field in dataclasses.fields(Sampling)}
+    return Sampling(**{k: v for k, v in dataclasses.asdict(phase).items() if k in shared})
 
 
 def grader(verifier: Verifier | None) -> Grader:

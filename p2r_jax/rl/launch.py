@@ -22,11 +22,13 @@ from p2r_jax.parallel.multihost import is_main
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.rl.experience import phase_sampling
 from p2r_jax.rl.rewards import Verifier, require_verifier
 from p2r_jax.rl.trainer import Trainer
 from p2r_jax.roles.pipeline import Pipeline, default_prompt_set
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
+from p2r_jax.rollout.generate import Schedule
 
 
 def build_trainer(
@@ -53,14 +55,19 @@ def build_trainer(
     require_verifier(train_source.answer_forms | validation_source.answer_forms, verifier)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     for i, phase in enumerate(config.phases):
+        try:
+            phase_sampling(phase)
+        except ValueError as error:
+            raise ValueError(f"phases[{i}].{error}") from error
         if (phase.microbatch or phase.prompts) % batch_shards(mesh):
             raise ValueError(
                 f"phases[{i}]: prompts (or microbatch) must be a multiple of mesh.data x mesh.fsdp "
                 f"= {batch_shards(mesh)}"
             )
-    model = load_pretrained(folder, mesh, dtype="float32")
+    model = load_pretrained(folder, mesh, "float32", config.model.kernels)
     graph, params = nnx.split(model, nnx.Param)
-    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, config.eval.batch)
+    greedy = Schedule(config.rollout.greedy_slots, rings=tuple(config.buckets.response_tokens))
+    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, greedy)
     return Trainer(config, pipeline, params, train_source, validation_source, console, verifier)
 
 

@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from p2r_jax.config import LossConfig, OptimizerConfig
-from p2r_jax.ops.attention import shared_prefix_attention
 from p2r_jax.ops.log_probs import token_log_probs
+from p2r_jax.parallel.mesh import batch_shards
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.rl.losses import SumCount, aggregate_terms, aggregation_count, kl_estimate
@@ -130,7 +130,7 @@ def completion_log_probs(
     visual_slot = jnp.pad(prompts.visual_slot, ((0, 0), (0, after.shape[1])), constant_values=-1)
 
     def attend(q, k, v, _):
-        return shared_prefix_attention(q, k, v, prompts.valid, fed_mask), None
+        return model.kernels.shared_prefix(q, k, v, prompts.valid, fed_mask), None
 
     hidden, _ = model.language_model(
         x, positions, attend, deepstack=deepstack, visual_slot=visual_slot, remat=remat
@@ -141,11 +141,12 @@ def completion_log_probs(
     own = own.reshape(rows, group, length - 1, hidden.shape[-1])
     predicting = jnp.concatenate([boundary, own], axis=2)
     log_probs, entropy = token_log_probs(
-        predicting.reshape(-1, hidden.shape[-1]),
+        predicting.reshape(rows, group * length, hidden.shape[-1]),
         model.unembedding,
-        tokens.reshape(-1),
+        tokens.reshape(rows, group * length),
         allowed,
         temperature,
+        shards=1 if model.kernels.mesh is None else batch_shards(model.kernels.mesh),
     )
     return log_probs.reshape(tokens.shape), entropy.reshape(tokens.shape)
 

@@ -55,6 +55,7 @@ from p2r_jax.rl.step import (
 from p2r_jax.rl.stop import RunStopped
 from p2r_jax.roles.pipeline import Pipeline
 from p2r_jax.roles.requests import ImageStore
+from p2r_jax.rollout.generate import Schedule
 
 
 class Trainer:
@@ -172,9 +173,21 @@ class Trainer:
             images = ImageStore.upload([r.image for r in rows], builder.buckets, self.mesh)
             policy = self._to_rollout(state.params)
         seeds = np.random.SeedSequence([self.config.seed, progress.step]).generate_state(len(rows))
-        step = Step(phase, self.pipeline, policy, partner, rows, images, seeds, self.grade, clock)
+        lengths = tuple(self.config.buckets.response_tokens)
+        rollout = self.config.rollout
+        step = Step(
+            phase=phase,
+            pipeline=self.pipeline,
+            policy=policy,
+            partner=partner,
+            rows=rows,
+            images=images,
+            seeds=seeds,
+            schedule=Schedule(rollout.slots, rollout.columns, rollout.refill, lengths),
+            grade=self.grade,
+            clock=clock,
+        )
         experience = collect(step)
-        lengths = self.config.buckets.response_tokens
         batch, metrics = training_batch(experience, self.config.loss, self.mesh, lengths)
         with clock("update"):
             anchor = anchor_batch(phase, experience, images, builder, lengths)

@@ -6,18 +6,16 @@ the one call for a person with an image and a question.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from p2r_jax.parallel.mesh import batch_sharding, batch_shards
-from p2r_jax.parallel.multihost import to_host
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import Qwen3VL
@@ -26,19 +24,21 @@ from p2r_jax.roles.answers import extract_answer
 from p2r_jax.roles.boxes import Box, ParsedBoxes, parse_response
 from p2r_jax.roles.evidence import Evidence, gather_evidence
 from p2r_jax.roles.prompts import PromptSet, load_prompt_set
-from p2r_jax.roles.requests import Buckets, ImageStore, Request, RequestBuilder
-from p2r_jax.rollout.engine import Completions, Sampling, Vocabulary, generate
+from p2r_jax.roles.requests import Buckets, ImageStore, Request, RequestBuilder, fit
+from p2r_jax.rollout.generate import Completions, Schedule, generate
+from p2r_jax.rollout.sampling import Sampling, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """A batch of prompts and their completions, on the device, and the texts."""
+    """A batch of prompts on the device, and their completions on the host."""
 
     prompts: Prompts
     """B' rows: the requests, filled up to a multiple of the mesh's batch shards."""
     completions: Completions
+    """B rows."""
     outputs: list[list[Completion]]
-    """[B][G], without the filling rows."""
+    """[B][G]."""
 
     @property
     def texts(self) -> list[list[str]]:
@@ -62,8 +62,8 @@ class Pipeline:
     graph: nnx.GraphDef
     builder: RequestBuilder
     vocabulary: Vocabulary
-    batch_rows: int = 32
-    """Rows of a batch in `complete`; a constant, so that it does not cost compilations."""
+    schedule: Schedule
+    """Of `complete`; with fixed slots, so that the number of requests costs no compilation."""
 
     @classmethod
     def create(
@@ -73,12 +73,12 @@ class Pipeline:
         prompts: PromptSet,
         buckets: Buckets,
         mesh: Mesh | None = None,
-        batch_rows: int = 32,
+        schedule: Schedule | None = None,
     ) -> Pipeline:
-        shards = batch_shards(mesh) if mesh is not None else 1
-        batch_rows = -(-batch_rows // shards) * shards
+        """schedule: of `complete`; default, 32 slots."""
         builder = RequestBuilder(processor, prompts, buckets, mesh)
-        return cls(graph, builder, Vocabulary.of(processor, mesh), batch_rows)
+        words = Vocabulary.of(processor, mesh)
+        return cls(graph, builder, words, schedule or Schedule(slots=32))
 
     def sample(
         self,
@@ -87,60 +87,86 @@ class Pipeline:
         images: ImageStore,
         sampling: Sampling,
         seeds: Sequence[int] | np.ndarray,
+        schedule: Schedule | None = None,
     ) -> Rollout:
-        """G completions of each request in one batch; seeds: one per request."""
+        """G completions of each request; seeds: one per request. schedule: default, all at once."""
         prompts = self.builder.collate(requests, images)
-        rows = prompts.tokens.shape[0]
-        padded = np.zeros(rows, np.uint32)
-        padded[: len(requests)] = seeds
-        mesh = self.builder.mesh
-        device_seeds = jax.device_put(padded, batch_sharding(mesh) if mesh is not None else None)
-        completions = generate(self.graph, params, prompts, self.vocabulary, device_seeds, sampling)
-        tokens, mask = to_host((completions.tokens, completions.mask))
-        decode = self.builder.processor.decode
-        own = [
-            [tokens[b, g][mask[b, g]] for g in range(sampling.group)] for b in range(len(requests))
-        ]
-        outputs = [[Completion(decode(ids), tuple(ids.tolist())) for ids in group] for group in own]
-        return Rollout(prompts, completions, outputs)
+        completions = self._generate(
+            params, requests, images, sampling, seeds, schedule or Schedule(), prompts
+        )
+        return Rollout(prompts, completions, self._outputs(completions))
 
     def complete(
         self,
         params: nnx.State,
         requests: Sequence[Request],
         images: ImageStore,
-        max_new_tokens: int,
+        sampling: Sampling,
     ) -> list[Completion]:
-        """The greedy completion of each request, in order.
+        """One completion of each request, in order; greedy, whatever `sampling` says.
 
-        Equal requests are answered once. Requests of similar size share a batch, so that short
+        Equal requests are answered once. Requests of one bucket share the slots, so that short
         prompts do not pay for long ones.
         """
+        sampling = dataclasses.replace(sampling, group=1, temperature=0.0)
         keys = [(r.image, r.views, r.tokens.tobytes()) for r in requests]
         distinct = dict(zip(keys, requests, strict=True))
-        order = sorted(
-            distinct, key=lambda key: (len(distinct[key].views), len(distinct[key].tokens))
-        )
-        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
+        sizes = self.builder.buckets.prompt_tokens
+        by_bucket: dict[int, list[Any]] = collections.defaultdict(list)
+        by_size = sorted(distinct.items(), key=lambda kv: (len(kv[1].views), len(kv[1].tokens)))
+        for key, request in by_size:
+            by_bucket[fit(sizes, len(request.tokens), "prompt_tokens")].append(key)
         answers: dict[Any, Completion] = {}
-        for start in range(0, len(order), self.batch_rows):
-            part = order[start : start + self.batch_rows]
-            rows = [distinct[key] for key in part]
-            rows += [rows[-1]] * (self.batch_rows - len(rows))
-            outputs = self.sample(params, rows, images, sampling, [0] * len(rows)).outputs
-            answers |= {key: group[0] for key, group in zip(part, outputs, strict=False)}
+        for own in by_bucket.values():
+            completions = self._generate(
+                params, [distinct[k] for k in own], images, sampling, [0] * len(own), self.schedule
+            )
+            outputs = self._outputs(completions)
+            answers |= {key: group[0] for key, group in zip(own, outputs, strict=True)}
         return [answers[key] for key in keys]
+
+    def _generate(
+        self,
+        params: nnx.State,
+        requests: Sequence[Request],
+        images: ImageStore,
+        sampling: Sampling,
+        seeds: Sequence[int] | np.ndarray,
+        schedule: Schedule,
+        collated: Prompts | None = None,
+    ) -> Completions:
+        """collated: the requests as a batch, if there is one already."""
+
+        def load(numbers: Sequence[int]) -> Prompts:
+            # All of them, in order, with the filling rows that `collate` adds too.
+            if collated is not None and list(dict.fromkeys(numbers)) == list(range(len(requests))):
+                return collated
+            return self.builder.collate([requests[i] for i in numbers], images)
+
+        longest = max(len(request.tokens) for request in requests)
+        prompt = fit(self.builder.buckets.prompt_tokens, longest, "prompt_tokens")
+        return generate(
+            self.graph, params, load, seeds, prompt, self.vocabulary, sampling, schedule
+        )
+
+    def _outputs(self, completions: Completions) -> list[list[Completion]]:
+        decode = self.builder.processor.decode
+        own = [
+            [ids[mask] for ids, mask in zip(*group, strict=True)]
+            for group in zip(completions.tokens, completions.mask, strict=True)
+        ]
+        return [[Completion(decode(ids), tuple(ids.tolist())) for ids in group] for group in own]
 
     def perceive(
         self,
         params: nnx.State,
         images: ImageStore,
         questions: Sequence[tuple[int, str, str]],
-        max_new_tokens: int,
+        sampling: Sampling,
     ) -> list[tuple[str, ParsedBoxes]]:
         """Greedy perceiver. questions: (image index, question with options, answer form)."""
         requests = [self.builder.plain("perceiver", images, *question) for question in questions]
-        outputs = self.complete(params, requests, images, max_new_tokens)
+        outputs = self.complete(params, requests, images, sampling)
         return [(output.text, parse_response(output.text)) for output in outputs]
 
     def reason(
@@ -149,14 +175,14 @@ class Pipeline:
         images: ImageStore,
         questions: Sequence[tuple[int, str, str]],
         boxes: Sequence[Sequence[Box]],
-        max_new_tokens: int,
+        sampling: Sampling,
     ) -> list[str]:
         """Greedy reasoner; `boxes` per question, [] for none."""
         requests = [
             self.builder.reasoner(images, *question, own)
             for question, own in zip(questions, boxes, strict=True)
         ]
-        return [o.text for o in self.complete(params, requests, images, max_new_tokens)]
+        return [o.text for o in self.complete(params, requests, images, sampling)]
 
 
 def default_prompt_set(config: Qwen3VLConfig) -> str:
@@ -241,13 +267,12 @@ def perceive_and_reason(
 
     graph, params = nnx.split(model)
     buckets = default_buckets(processor.sizes, max(pixels.shape[:2]))
-    pipeline = Pipeline.create(graph, processor, prompts, buckets, batch_rows=1)
+    pipeline = Pipeline.create(graph, processor, prompts, buckets, schedule=Schedule(slots=1))
     images = ImageStore.upload([pixels], buckets)
-    ((perceiver_text, parsed),) = pipeline.perceive(
-        params, images, [asked], perceiver_max_new_tokens
-    )
+    perceiver, reasoner = Sampling(perceiver_max_new_tokens), Sampling(reasoner_max_new_tokens)
+    ((perceiver_text, parsed),) = pipeline.perceive(params, images, [asked], perceiver)
     boxes = list(parsed.boxes)
-    (text,) = pipeline.reason(params, images, [asked], [boxes], reasoner_max_new_tokens)
+    (text,) = pipeline.reason(params, images, [asked], [boxes], reasoner)
     height, width = pixels.shape[:2]
     evidence = gather_evidence(height, width, boxes, processor.sizes)
     reasoning = text.partition("<answer>")[0].replace("<think>", "").replace("</think>", "")

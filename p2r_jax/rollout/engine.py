@@ -1,9 +1,22 @@
-"""The rollout engine: prefill once per prompt, decode G completions against the shared prefix.
+"""The compiled half of the rollout engine: prompts into slots, and decoding what is in them.
 
-B prompts, G completions a prompt, P prompt tokens, R new tokens, L layers, K key-value heads,
-D head width. Three pure functions over one state value: `prefill`, `decode_step`, `generate`.
-A completion depends only on (weights, prompt, seed, its index in the group): random numbers are
-keyed by those, never by the position in the batch.
+B slots hold a prompt each, W columns of a slot decode completions of that prompt at once. When a
+completion ends, its column goes on with the next of the G completions of the prompt; when all have
+ended, the slot is free for another prompt. All shapes are fixed, so nothing recompiles while
+prompts come and go.
+
+    empty_slots    room for B prompts of P tokens
+    fill           run F prompts once and put each into a slot
+    decode         step until the host has something to do
+    resize         another cache length
+
+A prompt's keys and values exist once and are read by all its completions. What a completion has
+written itself lies in a ring of C places: every column writes at the same place, `clock % C`, and
+reads as many places back as it has tokens. So columns of different age need no scatter, C only has
+to hold the oldest completion alive, and a new completion needs nothing to be cleared.
+
+Letters besides: L layers, K key-value heads, D head width, E width, V vocabulary,
+R `max_new_tokens`.
 """
 
 from __future__ import annotations
@@ -14,92 +27,143 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from p2r_jax.ops.attention import attention, causal_mask, decode_attention
-from p2r_jax.ops.log_probs import masked_logits
-from p2r_jax.parallel.mesh import replicated
+from p2r_jax.parallel.mesh import BATCH_AXES, batch_shards
+from p2r_jax.qwen3_vl.config import TextConfig
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import Qwen3VL
-from p2r_jax.qwen3_vl.processor import Processor
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn. Hashable: a static argument of the compiled program."""
-
-    max_new_tokens: int
-    """R: completions are cut here; a cut one has no stop token."""
-    group: int = 1
-    """G: completions per prompt."""
-    temperature: float = 1.0
-    """0 = greedy (log-probs are then those at temperature 1)."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.group < 1 or self.temperature < 0:
-            raise ValueError(
-                f"{self}: max_new_tokens and group must be at least 1, temperature at least 0"
-            )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """What the sampler must know about token ids."""
-
-    allowed: Bool[Array, " V"]
-    """False for placeholders and unused rows of the embedding: never sampled."""
-    stop: Bool[Array, " V"]
-    """True for tokens that end a completion; the stop token belongs to the completion."""
-    pad: Int[Array, ""]
-
-    @classmethod
-    def of(cls, processor: Processor, mesh: Mesh | None = None) -> Vocabulary:
-        """On the device, replicated over `mesh`."""
-        stop = np.zeros(processor.config.text.vocab_size, bool)
-        stop[list(processor.stop_ids)] = True
-        values = (processor.allowed_tokens(), stop, np.int32(processor.pad_id))
-        return cls(*jax.device_put(values, replicated(mesh) if mesh is not None else None))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Completions:
-    tokens: Int[Array, "B G R"]
-    """Padding after the stop token."""
-    log_probs: Float[Array, "B G R"]
-    """Of each sampled token at the sampling temperature, float32; 0 on padding."""
-    mask: Bool[Array, "B G R"]
-    """True on the tokens of the completion, the stop token included."""
-    stopped: Bool[Array, "B G"]
-    """False if the completion was cut at max_new_tokens."""
+from p2r_jax.rollout.sampling import Sampling, Vocabulary, draw
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """What prefill leaves behind: one copy per prompt, read by all its completions."""
+    """A prompt that has been run: one copy, read by all its completions."""
 
-    keys: Float[Array, "L B P K D"]
-    values: Float[Array, "L B P K D"]
-    last_hidden: Float[Array, "B E"]
+    keys: Float[Array, "L B K P D"]
+    values: Float[Array, "L B K P D"]
+    valid: Int[Array, "B P"]
+    next_position: Int[Array, " B"]
+    boundary: Float[Array, "B E"]
+    """Hidden state of the last prompt token: the first token of every completion comes from it."""
+    seed: Int[Array, " B"]
+    seen: Bool[Array, "B V"] | None
+    """Tokens that the repetition penalty counts from the start; None without a penalty."""
 
 
-def prefill(model: Qwen3VL, prompts: Prompts) -> Prefix:
-    """Encode the images and run the prompts once."""
-    mask = causal_mask(prompts.valid)
-    x, deepstack = model.embed_prompts(prompts)
-    hidden, (keys, values) = model.language_model(
-        x,
-        prompts.positions,
-        lambda q, k, v, _: (attention(q, k, v, mask), (k, v)),
-        deepstack=deepstack,
-        visual_slot=prompts.visual_slot,
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Completions in progress and the tokens they have."""
+
+    next_index: Int[Array, " B"]
+    """The next of the G completions to start."""
+    active: Bool[Array, "B W"]
+    index: Int[Array, "B W"]
+    """Which of the G completions a column writes."""
+    age: Int[Array, "B W"]
+    """Tokens of it that have been fed, all of them in the ring."""
+    hidden: Float[Array, "B W E"]
+    """State that the next token is drawn from."""
+    seen: Bool[Array, "B W V"] | None
+    keys: Float[Array, "L B K W C D"]
+    values: Float[Array, "L B K W C D"]
+    tokens: Int[Array, "B G R"]
+    log_probs: Float[Array, "B G R"]
+    clock: Int[Array, ""]
+    """Decoding steps so far."""
+    drawn: Int[Array, ""]
+    """Tokens drawn in them: clock * B * W if no column was ever idle."""
+
+
+Slots = tuple[Prefix, Columns]
+
+
+def _split(x: Any, mesh: Mesh | None) -> Any:
+    """Slots over the batch axes, key-value heads over `tensor`; so a step never moves a cache."""
+    if mesh is None:
+        return x
+
+    def one(path: Any, leaf: Array) -> Array:
+        by_row = PartitionSpec(BATCH_AXES) if leaf.ndim else PartitionSpec()
+        spec = _cache_spec(leaf, mesh) if _is_cache(path) else by_row
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(one, x)
+
+
+def _is_cache(path: Any) -> bool:
+    return getattr(path[-1], "name", None) in ("keys", "values")
+
+
+def _cache_spec(cache: Any, mesh: Mesh) -> PartitionSpec:
+    heads = "tensor" if cache.shape[2] % mesh.shape["tensor"] == 0 else None
+    return PartitionSpec(None, BATCH_AXES, heads)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("text", "sampling", "slots", "columns", "prompt", "ring", "dtype", "mesh"),
+)
+def empty_slots(
+    pad: Int[Array, ""],
+    *,
+    text: TextConfig,
+    sampling: Sampling,
+    slots: int,
+    columns: int,
+    prompt: int,
+    ring: int,
+    dtype: Any,
+    mesh: Mesh | None,
+) -> Slots:
+    """B = `slots` with W = `columns`, for prompts of up to P = `prompt` tokens, C = `ring`."""
+    heads, width, layers = text.num_key_value_heads, text.head_dim, text.num_hidden_layers
+    whole, remembers = (slots, columns), sampling.remembers
+    prefix_cache = jnp.zeros((layers, slots, heads, prompt, width), dtype)
+    ring_cache = jnp.zeros((layers, slots, heads, columns, ring, width), dtype)
+    written = (slots, sampling.group, sampling.max_new_tokens)
+    prefix = Prefix(
+        keys=prefix_cache,
+        values=prefix_cache,
+        valid=jnp.zeros((slots, prompt), jnp.int32),
+        next_position=jnp.zeros(slots, jnp.int32),
+        boundary=jnp.zeros((slots, text.hidden_size), dtype),
+        seed=jnp.zeros(slots, jnp.uint32),
+        seen=jnp.zeros((slots, text.vocab_size), bool) if remembers else None,
     )
-    return Prefix(keys, values, hidden[jnp.arange(hidden.shape[0]), last_index(prompts.valid)])
+    state = Columns(
+        next_index=jnp.zeros(slots, jnp.int32),
+        active=jnp.zeros(whole, bool),
+        index=jnp.zeros(whole, jnp.int32),
+        age=jnp.zeros(whole, jnp.int32),
+        hidden=jnp.zeros((*whole, text.hidden_size), dtype),
+        seen=jnp.zeros((*whole, text.vocab_size), bool) if remembers else None,
+        keys=ring_cache,
+        values=ring_cache,
+        tokens=jnp.full(written, pad, jnp.int32),
+        log_probs=jnp.zeros(written, jnp.float32),
+        clock=jnp.zeros((), jnp.int32),
+        drawn=jnp.zeros((), jnp.int32),
+    )
+    return _split((prefix, state), mesh)
+
+
+def prefill(model: Qwen3VL, prompts: Prompts) -> tuple[Array, Array, Float[Array, "F E"]]:
+    """Encode the images and run the prompts once: keys and values [L,F,K,P,D], boundary states."""
+    x, deepstack = model.embed_prompts(prompts)
+
+    def attend(q, k, v, _):
+        out = model.kernels.causal(q, k, v, prompts.valid)
+        return out, (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+
+    hidden, (keys, values) = model.language_model(
+        x, prompts.positions, attend, deepstack=deepstack, visual_slot=prompts.visual_slot
+    )
+    return keys, values, hidden[jnp.arange(hidden.shape[0]), last_index(prompts.valid)]
 
 
 def last_index(valid: Int[Array, "B P"]) -> Int[Array, " B"]:
@@ -107,109 +171,198 @@ def last_index(valid: Int[Array, "B P"]) -> Int[Array, " B"]:
     return valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
 
 
-def decode_step(
-    model: Qwen3VL,
-    prompts: Prompts,
-    prefix: Prefix,
-    suffix: tuple[Float[Array, "L B G R K D"], Float[Array, "L B G R K D"]],
-    tokens: Int[Array, "B G"],
-    step: Int[Array, ""],
-) -> tuple[Float[Array, "B G E"], Any]:
-    """Feed token number `step` of each completion; returns hidden states and the new cache."""
-    rows, group = tokens.shape
-    positions = jnp.broadcast_to(prompts.next_position[:, None] + step, (3, rows, group))
-
-    def attend(q, k, v, caches):
-        prefix_k, prefix_v, suffix_k, suffix_v = caches
-        out = decode_attention(
-            q, k, v, (prefix_k, prefix_v), (suffix_k, suffix_v), prompts.valid, step
-        )
-        return out, (k, v)
-
-    hidden, new = model.language_model(
-        model.embed(tokens), positions, attend, (prefix.keys, prefix.values, *suffix)
-    )
-    grown = tuple(
-        jax.lax.dynamic_update_slice_in_dim(cache, update[:, :, :, None], step, axis=3)
-        for cache, update in zip(suffix, new, strict=True)
-    )
-    return hidden, grown
-
-
-def _sample(
-    hidden: Float[Array, "B G E"],
-    model: Qwen3VL,
-    vocabulary: Vocabulary,
-    sampling: Sampling,
-    keys: Array,
-    step: Array,
-) -> tuple[Int[Array, "B G"], Float[Array, "B G"]]:
-    """Next tokens and their log-probs; `keys` [B, G] are per completion."""
-    logits = masked_logits(
-        hidden, model.unembedding, vocabulary.allowed, sampling.temperature or 1.0
-    )
-    log_p = jax.nn.log_softmax(logits)
-    if sampling.temperature:
-        draw = lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row)
-        tokens = jax.vmap(jax.vmap(draw))(keys, logits)
-    else:
-        tokens = logits.argmax(-1)
-    return tokens, jnp.take_along_axis(log_p, tokens[..., None], -1)[..., 0]
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "sampling"))
-def generate(
+@functools.partial(
+    jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("prefix", "state")
+)
+def fill(
     graph: nnx.GraphDef,
     params: nnx.State,
+    prefix: Prefix,
+    state: Columns,
     prompts: Prompts,
-    vocabulary: Vocabulary,
-    seeds: Int[Array, " B"],
+    slot: Int[Array, " F"],
+    seeds: Int[Array, " F"],
+    pad: Int[Array, ""],
     sampling: Sampling,
-) -> Completions:
-    """Complete every prompt G times; stops as soon as all completions have.
+) -> Slots:
+    """Run F prompts and put each into its slot, where its first completions start.
 
-    seeds: one integer per prompt; with the completion's index in the group it decides all
-    randomness.
+    slot: out of range for rows that only fill up the batch. On a mesh, rows and slots are split
+    alike and `slot` counts within the device's own slots, so no cache moves between devices. The
+    prompts may be shorter than the slots, not longer.
     """
     model = nnx.merge(graph, params)
-    prefix = prefill(model, prompts)
-    rows, group, length = seeds.shape[0], sampling.group, sampling.max_new_tokens
-    layers, _, _, kv_heads, width = prefix.keys.shape
-
-    def completion_keys(seed):
-        return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
-            jnp.arange(group)
-        )
-
-    keys = jax.vmap(completion_keys)(seeds)
-    boundary = jnp.broadcast_to(
-        prefix.last_hidden[:, None], (rows, group, prefix.last_hidden.shape[-1])
+    keys, values, boundary = prefill(model, prompts)
+    room = prefix.keys.shape[3] - keys.shape[3]
+    keys, values = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))).astype(prefix.keys.dtype)
+        for x in (keys, values)
     )
-    cache = jnp.zeros((layers, rows, group, length, kv_heads, width), prefix.keys.dtype)
-    tokens = jnp.full((rows, group, length), vocabulary.pad, jnp.int32)
-    log_probs = jnp.zeros((rows, group, length), jnp.float32)
+    rows, columns = slot.shape[0], state.active.shape[1]
+    seen = None
+    if prefix.seen is not None:
+        seen = jnp.zeros((rows, prefix.seen.shape[1]), bool)
+        if sampling.penalize_prompt:
+            counted = prompts.valid.astype(bool)
+            seen = jax.vmap(lambda row, *new: row.at[new[0]].max(new[1]))(
+                seen, prompts.tokens, counted
+            )
+    new_prefix = Prefix(
+        keys=keys,
+        values=values,
+        valid=jnp.pad(prompts.valid, ((0, 0), (0, room))),
+        next_position=prompts.next_position,
+        boundary=boundary,
+        seed=seeds,
+        seen=seen,
+    )
+    spread = lambda x: jnp.broadcast_to(x[:, None], (rows, columns, *x.shape[1:]))
+    first = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (rows, columns))
+    started = {
+        "next_index": jnp.full(rows, columns, jnp.int32),
+        "active": jnp.ones((rows, columns), bool),
+        "index": first,
+        "age": jnp.zeros_like(first),
+        "hidden": spread(boundary),
+        "seen": spread(seen) if seen is not None else None,
+        "tokens": jnp.full((rows, *state.tokens.shape[1:]), pad, jnp.int32),
+        "log_probs": jnp.zeros((rows, *state.log_probs.shape[1:]), jnp.float32),
+    }
+    prefix = _put(prefix, new_prefix, slot, model.kernels.mesh)
+    own = {name: getattr(state, name) for name in started}
+    state = dataclasses.replace(state, **_put(own, started, slot, model.kernels.mesh))
+    return _split((prefix, state), model.kernels.mesh)
 
-    def draw(hidden, step, tokens, log_probs, done):
-        new, log_p = _sample(hidden, model, vocabulary, sampling, keys, step)
-        tokens = tokens.at[:, :, step].set(jnp.where(done, vocabulary.pad, new))
-        log_probs = log_probs.at[:, :, step].set(jnp.where(done, 0.0, log_p))
-        return tokens, log_probs, done | vocabulary.stop[new]
 
-    def unfinished(state):
-        step, _, _, _, done = state
-        return (step < length - 1) & ~done.all()
+def _put(old: Any, new: Any, slot: Int[Array, " F"], mesh: Mesh | None) -> Any:
+    """Rows of `new` into the slots of `old`; see `fill`."""
 
-    def advance(state):
-        step, suffix, tokens, log_probs, done = state
-        hidden, suffix = decode_step(model, prompts, prefix, suffix, tokens[:, :, step], step)
-        drawn = draw(hidden, step + 1, tokens, log_probs, done)
-        return (step + 1, suffix, *drawn)
+    def run(old: Any, new: Any, slot: Array) -> Any:
+        def one(path: Any, x: Array, rows: Array) -> Array:
+            if _is_cache(path):
+                return x.at[:, slot].set(rows, mode="drop")
+            return x.at[slot].set(rows, mode="drop")
 
-    first = draw(boundary, 0, tokens, log_probs, jnp.zeros((rows, group), bool))
-    state = (jnp.zeros((), jnp.int32), (cache, cache), *first)
-    _, _, tokens, log_probs, done = jax.lax.while_loop(unfinished, advance, state)
+        return jax.tree_util.tree_map_with_path(one, old, new)
 
-    # A token belongs to the completion unless a stop token came before it.
-    stops = vocabulary.stop[tokens]
-    mask = jnp.cumsum(stops, axis=-1) - stops == 0
-    return Completions(tokens, log_probs, mask, done)
+    if mesh is None:
+        return run(old, new, slot)
+    by_row = PartitionSpec(BATCH_AXES)
+    spec = lambda path, x: _cache_spec(x, mesh) if _is_cache(path) else by_row
+    specs = jax.tree_util.tree_map_with_path(spec, old)
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=(specs, specs, by_row), out_specs=specs, check_vma=False
+    )(old, new, slot)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("state",))
+def decode(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    prefix: Prefix,
+    state: Columns,
+    vocabulary: Vocabulary,
+    free: Int[Array, ""],
+    sampling: Sampling,
+) -> Columns:
+    """Step until all is done, or the ring is full, or every device has `free` free slots."""
+    model = nnx.merge(graph, params)
+    shards = 1 if model.kernels.mesh is None else batch_shards(model.kernels.mesh)
+    ring = state.keys.shape[4]
+
+    def goes_on(state: Columns) -> Bool[Array, ""]:
+        idle = ~state.active.any(1)
+        enough = (idle.reshape(shards, -1).sum(1) >= free).all()
+        return state.active.any() & (state.age.max() < ring) & ~enough
+
+    def step(state: Columns) -> Columns:
+        return _split(_step(model, prefix, state, vocabulary, sampling), model.kernels.mesh)
+
+    return jax.lax.while_loop(goes_on, step, state)
+
+
+def _step(
+    model: Qwen3VL, prefix: Prefix, state: Columns, vocabulary: Vocabulary, sampling: Sampling
+) -> Columns:
+    """One token of every active completion: draw it, write it down, feed it."""
+    token, log_p = draw(
+        state.hidden, model.unembedding, vocabulary, sampling,
+        prefix.seed, state.index, state.age, state.seen,
+    )  # fmt: skip
+    index = jnp.where(state.active, state.index, sampling.group)  # out of range: not written
+    # By row, so that the partitioner sees that no row writes into another.
+    write = jax.vmap(lambda out, index, age, new: out.at[index, age].set(new, mode="drop"))
+    tokens = write(state.tokens, index, state.age, token)
+    log_probs = write(state.log_probs, index, state.age, log_p)
+
+    full = state.age + 1 == sampling.max_new_tokens
+    ended = state.active & (vocabulary.stop[token] | full)
+    feeds = state.active & ~ended
+    following = state.next_index[:, None] + jnp.cumsum(ended, axis=1) - 1
+    starts = ended & (following < sampling.group)
+
+    # The last tokens of the last completions need not be fed.
+    keys, values, hidden = jax.lax.cond(
+        feeds.any(),
+        lambda: _feed(model, prefix, state, token),
+        lambda: (state.keys, state.values, state.hidden),
+    )
+    seen = state.seen
+    if seen is not None and prefix.seen is not None:
+        mark = jax.vmap(jax.vmap(lambda seen, token, new: seen.at[token].max(new)))
+        seen = mark(seen, token, feeds)
+        seen = jnp.where(starts[..., None], prefix.seen[:, None], seen)
+    return Columns(
+        next_index=state.next_index + starts.sum(1),
+        active=feeds | starts,
+        index=jnp.where(starts, following, state.index),
+        age=jnp.where(feeds, state.age + 1, 0),
+        hidden=jnp.where(starts[..., None], prefix.boundary[:, None], hidden),
+        seen=seen,
+        keys=keys,
+        values=values,
+        tokens=tokens,
+        log_probs=log_probs,
+        clock=state.clock + 1,
+        drawn=state.drawn + state.active.sum(),
+    )
+
+
+def _feed(
+    model: Qwen3VL, prefix: Prefix, state: Columns, token: Int[Array, "B W"]
+) -> tuple[Array, Array, Float[Array, "B W E"]]:
+    """Run one token of each column; the ring with its keys and values, and its hidden state."""
+    ring = state.keys.shape[4]
+    place = state.clock % ring
+    back = (place - 1 - jnp.arange(ring)) % ring  # 0 = written in the last step
+    in_ring = back < state.age[..., None]
+    positions = jnp.broadcast_to(prefix.next_position[:, None] + state.age, (3, *token.shape))
+
+    def attend(q, k, v, layer):
+        out = model.kernels.decode(
+            q, k, v, (prefix.keys, prefix.values), (state.keys, state.values),
+            layer, prefix.valid, in_ring,
+        )  # fmt: skip
+        return out, (k, v)
+
+    layers = jnp.arange(state.keys.shape[0])
+    hidden, new = model.language_model(model.embed(token), positions, attend, layers)
+    # All layers are written at once: [L, B, W, K, D] to [L, B, K, W, 1, D].
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(
+            cache, jnp.swapaxes(own, 2, 3)[:, :, :, :, None].astype(cache.dtype), place, axis=4
+        )
+        for cache, own in zip((state.keys, state.values), new, strict=True)
+    )
+    return keys, values, hidden.astype(state.hidden.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("ring", "mesh"))
+def resize(state: Columns, *, ring: int, mesh: Mesh | None) -> Columns:
+    """The same completions with a ring of another length; it must hold the oldest of them."""
+    old = state.keys.shape[4]
+    # Place j holds what was written `back` steps ago, in either ring.
+    back = (state.clock - 1 - jnp.arange(ring)) % ring
+    source = (state.clock - 1 - jnp.minimum(back, old - 1)) % old
+    keys, values = (jnp.take(x, source, axis=4) for x in (state.keys, state.values))
+    return _split(dataclasses.replace(state, keys=keys, values=values), mesh)

@@ -14,8 +14,8 @@ from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.evals import scoring
 from p2r_jax.evals.runner import (
     MODES,
+    Decoding,
     EvalWriter,
-    TokenLimits,
     check_modes,
     choice_letters,
     evaluate,
@@ -26,8 +26,9 @@ from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.pipeline import Completion, Pipeline
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
+from p2r_jax.rollout.generate import Schedule
 
-LIMITS = TokenLimits(perceiver=7, reasoner=6, direct=5)
+DECODING = Decoding.greedy(perceiver=7, reasoner=6, direct=5)
 SOURCE = VisualSearch("test")
 
 
@@ -45,7 +46,8 @@ def model(tiny_checkpoint):
 def pipeline(tiny_checkpoint, model):
     processor = Processor.from_pretrained(tiny_checkpoint)
     buckets = Buckets(patches=(320,), prompt_tokens=(160,), canvas=(96,), image=(384,))
-    return Pipeline.create(model[0], processor, load_prompt_set("tiny"), buckets, batch_rows=4)
+    prompts = load_prompt_set("tiny")
+    return Pipeline.create(model[0], processor, prompts, buckets, schedule=Schedule(4))
 
 
 @pytest.fixture
@@ -59,9 +61,9 @@ def scripted(monkeypatch):
         def __init__(self):
             self.calls = []
 
-        def __call__(self, pipeline, params, requests, images, max_new_tokens):
+        def __call__(self, pipeline, params, requests, images, sampling):
             texts = [pipeline.builder.processor.tokenizer.decode(r.tokens) for r in requests]
-            self.calls.append((requests, texts, max_new_tokens))
+            self.calls.append((requests, texts, sampling.max_new_tokens))
             written = [self.boxes if "Find: " in text else self.answer for text in texts]
             return [Completion(text, ()) for text in written]
 
@@ -72,7 +74,7 @@ def scripted(monkeypatch):
 
 def run(pipeline, rows, modes, **options):
     batches = [[load(row) for row in rows]]
-    return evaluate(pipeline, None, batches, modes, LIMITS, total=len(rows), **options)
+    return evaluate(pipeline, None, batches, modes, DECODING, total=len(rows), **options)
 
 
 # --- modes ------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def run(pipeline, rows, modes, **options):
 
 def test_an_unknown_mode_is_named_before_any_work(pipeline):
     with pytest.raises(ValueError, match=r"unknown evaluation mode.*\['p2rr'\].*oracle_box"):
-        evaluate(pipeline, None, iter(()), ["p2r", "p2rr"], LIMITS, total=0)
+        evaluate(pipeline, None, iter(()), ["p2r", "p2rr"], DECODING, total=0)
     with pytest.raises(ValueError, match="unknown evaluation mode"):
         check_modes([])
 
@@ -234,7 +236,7 @@ def test_the_real_model_runs_every_mode_and_batches_change_nothing(pipeline, mod
             model[1],
             evaluation_batches(SOURCE, batch, 5),
             ["p2r", "random_box"],
-            LIMITS,
+            DECODING,
             total=5,
         )
         for batch in (5, 2)

@@ -176,6 +176,20 @@ class TestSharedPrefix:
         outside = np.r_[0 : P + R, P + 2 * R : P + G * R]
         np.testing.assert_array_equal(changed[:, outside], before[:, outside])
 
+    @pytest.mark.parametrize("queries, chunks", [(R, 4), (2 * R, 2), (3 * R, 2), (1, 4)])
+    def test_completions_in_chunks_equal_all_at_once(self, inputs, monkeypatch, queries, chunks):
+        """Forward and backward; a chunk has whole completions, at least one."""
+        weights = random(B, P + G * R, HEADS, WIDTH, seed=4)
+
+        def loss(q, k, v):
+            return (shared(q, k, v) * weights).sum()
+
+        expected = shared(*inputs), jax.grad(loss, (0, 1, 2))(*inputs)
+        monkeypatch.setattr(attention_module, "QUERY_CHUNK", queries)
+        assert f"length={chunks}" in str(jax.make_jaxpr(shared)(*inputs))
+        out = shared(*inputs), jax.grad(loss, (0, 1, 2))(*inputs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), out, expected)
+
     def test_padding_is_finite(self, inputs):
         assert np.isfinite(shared(*inputs)).all()
 
@@ -183,36 +197,19 @@ class TestSharedPrefix:
 class TestDecode:
     @pytest.mark.parametrize("step", range(R))
     def test_each_step_equals_the_whole_sequence(self, step):
-        """What lies in the suffix cache at and after `step` is not yet written, hence garbage."""
+        """What lies in the suffix cache at and after `step` is not valid, hence garbage."""
         q, k, v = map(jnp.asarray, qkv(B, P + G * R))
         expected = np.asarray(shared(q, k, v))[:, P:].reshape(B, G, R, HEADS, WIDTH)[:, :, step]
         q_own, k_own, v_own = (x[:, P:].reshape(B, G, R, *x.shape[2:]) for x in (q, k, v))
+        cached = k_own.at[:, :, step:].set(50.0), v_own.at[:, :, step:].set(1e3)
         out = decode_attention(
             q_own[:, :, step],
             k_own[:, :, step],
             v_own[:, :, step],
-            (k[:, :P], v[:, :P]),
-            (k_own.at[:, :, step:].set(50.0), v_own.at[:, :, step:].set(1e3)),
+            (jnp.swapaxes(k[:, :P], 1, 2), jnp.swapaxes(v[:, :P], 1, 2)),
+            tuple(jnp.moveaxis(x, 3, 1) for x in cached),
             jnp.asarray(PROMPT_VALID),
-            jnp.asarray(step),
+            jnp.broadcast_to(jnp.arange(R) < step, (B, G, R)),
         )
         real = REAL_COMPLETION[:, :, step]
         np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=1e-6)
-
-    def test_step_is_data(self):
-        """One compiled program decodes every position."""
-        traces = 0
-
-        @jax.jit
-        def run(step):
-            nonlocal traces
-            traces += 1
-            new = jnp.ones((B, G, KV_HEADS, WIDTH))
-            prefix, suffix = jnp.ones((B, P, KV_HEADS, WIDTH)), jnp.ones((B, G, R, KV_HEADS, WIDTH))
-            q = jnp.ones((B, G, HEADS, WIDTH))
-            valid = jnp.asarray(PROMPT_VALID)
-            return decode_attention(q, new, new, (prefix,) * 2, (suffix,) * 2, valid, step)
-
-        for step in range(3):
-            run(step)
-        assert traces == 1

@@ -33,7 +33,8 @@ from p2r_jax.rl.trainer import Trainer
 from p2r_jax.roles.boxes import ParsedBoxes
 from p2r_jax.roles.pipeline import Completion, Rollout
 from p2r_jax.roles.requests import ImageStore
-from p2r_jax.rollout.engine import Completions
+from p2r_jax.rollout.generate import Completions
+from p2r_jax.rollout.sampling import Sampling
 from tests.rl.tiny_run import (
     GROUP,
     PROMPTS,
@@ -219,7 +220,7 @@ class TestExport:
         built, images, request = prompt
         pipeline = built.pipeline
         count = 12
-        ours = pipeline.complete(built.initial, [request], images, count)[0].text
+        ours = pipeline.complete(built.initial, [request], images, Sampling(count))[0].text
 
         model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
             whole.folder / "export", dtype=torch.float32, attn_implementation="eager"
@@ -455,7 +456,7 @@ def make_experience(values: list[list[float | None]]) -> Experience:
     """Completions of 1, 2 or 3 tokens, and one filling row."""
     rows, group = len(values), len(values[0])
     mask = np.arange(4) < (np.arange(group) + 1)[:, None]
-    mask = np.broadcast_to(mask, (rows + 1, group, 4))
+    mask = np.broadcast_to(mask, (rows, group, 4))
     completions = Completions(
         tokens=np.ones(mask.shape, np.int32),
         log_probs=np.full(mask.shape, -1.0, np.float32),
@@ -464,7 +465,8 @@ def make_experience(values: list[list[float | None]]) -> Experience:
     )
     rewards = [[Reward(v, {} if v is None else {"answer": v}) for v in g] for g in values]
     nothing = [[ParsedBoxes((), True)] * group for _ in values]
-    prompts = types.SimpleNamespace(valid=np.ones((rows + 1, 5), int))
+    filled = np.ones((rows + 1, 5), int)
+    prompts = types.SimpleNamespace(tokens=filled, valid=filled)
     rollout = Rollout(prompts, completions, [[Completion("", ())] * group] * rows)
     return Experience(rollout, rewards, [[]] * rows, nothing, [], [])
 
@@ -522,7 +524,8 @@ class TestRewards:
             def samples(self, step, samples, rows):
                 shown.extend(sample["advantage"] for sample in samples)
 
-        step = Step(PHASE, built.pipeline, None, None, rows, None, None, built.grade, None)
+        nothing = dict.fromkeys(("policy", "partner", "images", "seeds", "schedule", "clock"))
+        step = Step(phase=PHASE, pipeline=built.pipeline, rows=rows, grade=built.grade, **nothing)
         built._log_samples(step, experience, 1, Log())
         np.testing.assert_allclose(shown, np.asarray(batch.advantages)[:2].ravel(), atol=1e-6)
 

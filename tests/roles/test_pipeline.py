@@ -19,6 +19,8 @@ from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.pipeline import Completion, Pipeline, default_buckets, perceive_and_reason
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets, ImageStore, Request
+from p2r_jax.rollout.generate import Schedule
+from p2r_jax.rollout.sampling import Sampling
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 QUESTION = "Which character is on the red tile?"
@@ -49,7 +51,7 @@ def image():
 def pipeline(model, processor):
     buckets = Buckets(patches=(80, 320), prompt_tokens=(64, 160), canvas=(96,), image=(384,))
     graph = nnx.split(model)[0]
-    return Pipeline.create(graph, processor, load_prompt_set("tiny"), buckets, batch_rows=2)
+    return Pipeline.create(graph, processor, load_prompt_set("tiny"), buckets, schedule=Schedule(2))
 
 
 def ask(model, image, question=QUESTION, **options):
@@ -61,7 +63,7 @@ def scripted(monkeypatch, perceiver: str, reasoner: str) -> list[Request]:
     """Let the model write these texts; returns the requests it will get."""
     seen: list[Request] = []
 
-    def complete(self, params, requests, images, max_new_tokens):
+    def complete(self, params, requests, images, sampling):
         seen.extend(requests)
         return [Completion(perceiver if len(seen) == 1 else reasoner, ()) for _ in requests]
 
@@ -190,33 +192,23 @@ def test_equal_requests_are_answered_once_and_order_is_kept(monkeypatch, model, 
         for i in (0, 1)
         for question in ("red?", "which of the blue tiles is it?")
     ]
-    batches = []
-    sample = Pipeline.sample
+    answered = []
+    run = Pipeline._generate
 
     def counted(self, params, requests, *rest):
-        batches.append(len(requests))
-        return sample(self, params, requests, *rest)
+        answered.append(len(requests))
+        return run(self, params, requests, *rest)
 
-    monkeypatch.setattr(Pipeline, "sample", counted)
-    order = [3, 0, 1, 0, 2, 3, 3, 1]
-    together = pipeline.complete(params, [plain[i] for i in order], images, 6)
-    assert batches == [2, 2]
-    alone = [pipeline.complete(params, [request], images, 6)[0] for request in plain]
+    monkeypatch.setattr(Pipeline, "_generate", counted)
+    order, sampling = [3, 0, 1, 0, 2, 3, 3, 1], Sampling(6)
+    together = pipeline.complete(params, [plain[i] for i in order], images, sampling)
+    assert sum(answered) == 4
+    alone = [pipeline.complete(params, [request], images, sampling)[0] for request in plain]
     assert together == [alone[i] for i in order]
 
 
 def test_no_requests_need_no_model(pipeline, image):
-    assert pipeline.complete(None, [], two_pictures(pipeline, image), 6) == []
-
-
-def test_batches_are_a_multiple_of_the_mesh(model, processor):
-    from p2r_jax.parallel.mesh import make_mesh
-
-    buckets = default_buckets(processor.sizes, 384)
-    prompts = load_prompt_set("tiny")
-    graph = nnx.split(model)[0]
-    made = Pipeline.create(graph, processor, prompts, buckets, make_mesh(4, 2, 1), batch_rows=9)
-    assert made.batch_rows == 16
+    assert pipeline.complete(None, [], two_pictures(pipeline, image), Sampling(6)) == []
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from p2r_jax.ops.kernels import Kernels
+from p2r_jax.parallel.compilations import Compilations
 from p2r_jax.parallel.mesh import batch_sharding, make_mesh, parameter_shardings, replicated
 from p2r_jax.rl.step import completion_log_probs
-from p2r_jax.rollout.engine import Completions, Sampling, generate, last_index
+from p2r_jax.rollout import engine
+from p2r_jax.rollout import generate as generate_module
+from p2r_jax.rollout.engine import last_index
+from p2r_jax.rollout.generate import Completions, Schedule, generate
+from p2r_jax.rollout.sampling import Sampling
 from tests.small_model import (
     BANNED,
     NUM_PATCHES,
@@ -25,6 +31,7 @@ from tests.small_model import (
     ROWS,
     STOP,
     VOCABULARY,
+    content,
     make_model,
     make_prompts,
     plain_scores,
@@ -47,12 +54,33 @@ def model():
     return make_model()
 
 
-def complete(model, names, sampling, words=None, seeds=SEEDS, **padding) -> Completions:
-    graph, params = model
-    own = jnp.array([seeds[name] for name in names], jnp.uint32)
-    prompts = make_prompts(names, **padding)
-    out = generate(graph, params, prompts, words or vocabulary(), own, sampling)
-    return jax.tree.map(np.asarray, out)
+def complete(
+    model,
+    names,
+    sampling,
+    words=None,
+    seeds=SEEDS,
+    schedule=None,
+    num_tokens=PROMPT_TOKENS,
+    **padding,
+) -> Completions:
+    """seeds: by name, or one for each prompt."""
+    own = [seeds[name] for name in names] if isinstance(seeds, dict) else seeds
+
+    def load(numbers):
+        return make_prompts([names[i] for i in numbers], num_tokens, **padding)
+
+    return generate(*model, load, own, num_tokens, words or vocabulary(), sampling, schedule)
+
+
+def assert_same(actual, row, expected, expected_row, group=G):
+    for field in ("tokens", "mask", "stopped"):
+        np.testing.assert_array_equal(
+            getattr(actual, field)[row], getattr(expected, field)[expected_row][:group]
+        )
+    np.testing.assert_allclose(
+        actual.log_probs[row], expected.log_probs[expected_row][:group], rtol=0, atol=GATE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -143,29 +171,26 @@ class TestWhatACompletionDependsOn:
         assert (other.tokens != sampled.tokens).any(-1).all()
 
     def test_equal_prompts_with_different_seeds_differ(self, model):
-        graph, params = model
-        prompts = make_prompts([NAMES[0]] * B)
-        seeds = jnp.arange(B, dtype=jnp.uint32)
-        tokens = generate(graph, params, prompts, vocabulary(), seeds, SAMPLING).tokens
-        assert len(np.unique(np.asarray(tokens).reshape(B * G, R), axis=0)) == B * G
+        tokens = complete(model, [NAMES[0]] * B, SAMPLING, seeds=list(range(B))).tokens
+        assert len(np.unique(tokens.reshape(B * G, R), axis=0)) == B * G
 
     def test_not_on_its_place_in_the_batch_or_on_its_neighbours(self, model, sampled):
         names = (NAMES[3], NAMES[1], NAMES[0], NAMES[1])
         moved = complete(model, names, SAMPLING)
         for row, name in enumerate(names):
-            self.assert_same(moved, row, sampled, NAMES.index(name))
+            assert_same(moved, row, sampled, NAMES.index(name))
 
     def test_not_on_the_side_that_is_padded(self, model, sampled):
         padded = complete(model, NAMES, SAMPLING, side="left")
         for row in range(B):
-            self.assert_same(padded, row, sampled, row)
+            assert_same(padded, row, sampled, row)
 
     def test_not_on_batch_group_or_padded_sizes(self, model, sampled):
         """One row alone, fewer completions, and the next bucket of tokens and of patches."""
         sampling = dataclasses.replace(SAMPLING, group=2)
         sizes = {"num_tokens": 2 * PROMPT_TOKENS, "num_patches": 2 * NUM_PATCHES}
         alone = complete(model, NAMES[:1], sampling, **sizes)
-        self.assert_same(alone, 0, sampled, 0, group=2)
+        assert_same(alone, 0, sampled, 0, group=2)
 
     def test_a_longer_limit_only_goes_on(self, model, sampled):
         longer = complete(model, NAMES, dataclasses.replace(SAMPLING, max_new_tokens=R + 4))
@@ -174,16 +199,6 @@ class TestWhatACompletionDependsOn:
         )
         np.testing.assert_array_equal(longer.mask[:, :, :R], sampled.mask)
         assert longer.mask[:, :, R][~sampled.stopped].all()
-
-    @staticmethod
-    def assert_same(actual, row, expected, expected_row, group=G):
-        for field in ("tokens", "mask", "stopped"):
-            np.testing.assert_array_equal(
-                getattr(actual, field)[row], getattr(expected, field)[expected_row][:group]
-            )
-        np.testing.assert_allclose(
-            actual.log_probs[row], expected.log_probs[expected_row][:group], rtol=0, atol=GATE
-        )
 
 
 class TestEnds:
@@ -249,36 +264,184 @@ def test_last_index_under_either_padding():
     assert last_index(valid).tolist() == [3, 1, 3, 0]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"max_new_tokens": 0}, {"max_new_tokens": 1, "group": 0}, {"temperature": -1.0}]
-)
-def test_impossible_settings_are_refused(settings):
-    with pytest.raises(ValueError, match="at least"):
-        Sampling(**{"max_new_tokens": 4} | settings)
-
-
-def test_eight_devices_equal_one(model, sampled):
-    """Prompts split over data and fsdp, weights over tensor."""
-    graph, params = model
+@pytest.fixture(scope="module")
+def on_mesh(model):
+    """The same model with prompts split over data and fsdp, weights over tensor."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    graph, _ = make_model(kernels=Kernels(mesh=mesh))
     shardings = jax.tree.map(
         lambda v: v.get_value(),
-        parameter_shardings(params, mesh, fsdp=False),
+        parameter_shardings(model[1], mesh, fsdp=False),
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
-    rows = batch_sharding(mesh)
-    prompts = make_prompts(NAMES)
+    return graph, jax.device_put(model[1], shardings), mesh
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(slots=4, columns=2, rings=(2, 4))])
+def test_eight_devices_equal_one(on_mesh, sampled, schedule):
+    """With all prompts at once, and with a queue; 5 prompts do not fill 4 shards twice."""
+    graph, params, mesh = on_mesh
+    rows, names = batch_sharding(mesh), [*NAMES, NAMES[0]]
     by_axis = jax.NamedSharding(mesh, jax.P(None, *rows.spec))
-    split = dataclasses.replace(jax.tree.map(lambda _: rows, prompts), positions=by_axis)
-    out = generate(
-        graph,
-        jax.device_put(params, shardings),
-        jax.device_put(prompts, split),
-        jax.device_put(vocabulary(), replicated(mesh)),
-        jax.device_put(jnp.array([SEEDS[n] for n in NAMES], jnp.uint32), rows),
-        SAMPLING,
+
+    def load(numbers):
+        prompts = make_prompts([names[i] for i in numbers])
+        split = dataclasses.replace(jax.tree.map(lambda _: rows, prompts), positions=by_axis)
+        return jax.device_put(prompts, split)
+
+    words = jax.device_put(vocabulary(), replicated(mesh))
+    seeds = [SEEDS[name] for name in names]
+    out = generate(graph, params, load, seeds, PROMPT_TOKENS, words, SAMPLING, schedule)
+    for row, name in enumerate(names):
+        assert_same(out, row, sampled, NAMES.index(name))
+
+
+def test_caches_stay_where_they_are(on_mesh):
+    """Rows over data and fsdp, heads over tensor, before and after every program."""
+    graph, params, mesh = on_mesh
+    seen = []
+
+    def spy(name):
+        run = getattr(generate_module, name)
+
+        def spied(*args, **kwargs):
+            out = run(*args, **kwargs)
+            seen.append(out[1] if isinstance(out, tuple) else out)
+            return out
+
+        return spied
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty_slots", "fill", "decode", "resize"):
+            patch.setattr(generate_module, name, spy(name))
+        names = list(NAMES) * 2
+        generate(
+            graph,
+            params,
+            lambda numbers: make_prompts([names[i] for i in numbers]),
+            list(range(8)),
+            PROMPT_TOKENS,
+            jax.device_put(vocabulary(), replicated(mesh)),
+            SAMPLING,
+            Schedule(slots=4, rings=(2, 4)),
+        )
+    assert len(seen) > 6
+    specs = {x.keys.sharding.spec for x in seen}
+    assert specs == {jax.P(None, ("data", "fsdp"), "tensor")}
+    assert {x.tokens.sharding.spec for x in seen} == {jax.P(("data", "fsdp"))}
+
+
+class TestSchedule:
+    """Slots, columns and cache lengths change speed and memory, never a completion."""
+
+    NAMES = (*NAMES, *NAMES[::-1], NAMES[2])
+    SEEDS = tuple(range(9))
+
+    @pytest.fixture(scope="class")
+    def at_once(self, model) -> Completions:
+        return complete(model, self.NAMES, SAMPLING, seeds=self.SEEDS)
+
+    @pytest.mark.parametrize(
+        "schedule",
+        [
+            Schedule(slots=1),
+            Schedule(slots=2, columns=1),
+            Schedule(slots=4, columns=2, refill=1, rings=(1, 2, 4, 100)),
+            Schedule(slots=3, columns=3, refill=3, rings=(3,)),
+            Schedule(slots=20, rings=(4,)),
+        ],
     )
-    assert len(out.tokens.sharding.device_set) == 8
-    for field in ("tokens", "mask", "stopped"):
-        np.testing.assert_array_equal(getattr(out, field), getattr(sampled, field))
-    np.testing.assert_allclose(out.log_probs, sampled.log_probs, rtol=0, atol=GATE)
+    def test_never_changes_a_completion(self, model, at_once, schedule):
+        out = complete(model, self.NAMES, SAMPLING, seeds=self.SEEDS, schedule=schedule)
+        for row in range(len(self.NAMES)):
+            assert_same(out, row, at_once, row)
+
+    def test_prompts_may_be_shorter_than_the_slots(self, model, at_once):
+        """The bucket of the whole queue is the slots'; a batch of short prompts has its own."""
+        longest = {name: len(content(name)[0]) for name in NAMES}
+
+        def load(numbers):
+            names = [self.NAMES[i] for i in numbers]
+            return make_prompts(names, max(longest[name] for name in names))
+
+        out = generate(
+            *model, load, self.SEEDS, PROMPT_TOKENS, vocabulary(), SAMPLING, Schedule(slots=2)
+        )
+        for row in range(len(self.NAMES)):
+            assert_same(out, row, at_once, row)
+
+    def test_occupancy_counts_the_tokens_of_all_steps(self, model, at_once):
+        for schedule in (Schedule(), Schedule(slots=2, columns=2, refill=1)):
+            out = complete(model, self.NAMES, SAMPLING, seeds=self.SEEDS, schedule=schedule)
+            columns = (schedule.slots or len(self.NAMES)) * (schedule.columns or G)
+            assert out.occupancy == pytest.approx(out.mask.sum() / (out.steps * columns))
+        assert 0 < at_once.occupancy < 1
+
+    def test_all_at_once_takes_as_many_steps_as_the_longest(self, at_once):
+        assert at_once.steps == at_once.mask.sum(-1).max()
+
+    def test_a_ring_grows_with_the_oldest_completion_and_shrinks_after_it(self, model, monkeypatch):
+        """One completion of each prompt goes on to the limit, so the cache must grow each time."""
+        rings = []
+
+        def spied(state, *, ring, mesh):
+            rings.append(ring)
+            return engine.resize(state, ring=ring, mesh=mesh)
+
+        monkeypatch.setattr(generate_module, "resize", spied)
+        schedule = Schedule(slots=1, rings=(2, 4))
+        out = complete(model, self.NAMES[:3], SAMPLING, schedule=schedule)
+        assert (out.mask.sum(-1).max(1) > 5).all()
+        assert rings == [4, R, 2, 4, R, 2, 4, R]
+
+    def test_each_program_is_compiled_once(self, model):
+        """Whatever the number of prompts, and whatever they do."""
+        schedule = Schedule(slots=3, refill=2, rings=(4,))
+        complete(model, self.NAMES, SAMPLING, seeds=self.SEEDS, schedule=schedule)
+        counted = Compilations()
+        for count in (4, 7):
+            complete(model, self.NAMES[:count], SAMPLING, seeds=[5] * count, schedule=schedule)
+        counted.close()
+        assert counted.count == 0
+
+    @pytest.mark.parametrize("name", ["slots", "columns", "refill"])
+    def test_an_impossible_one_is_refused(self, model, name):
+        with pytest.raises(ValueError, match=rf"rollout\.{name} must be at least 1 or null, got 0"):
+            complete(model, NAMES, SAMPLING, schedule=Schedule(**{name: 0}))
+
+    def test_no_prompts_are_refused(self, model):
+        with pytest.raises(ValueError, match="no prompt"):
+            complete(model, (), SAMPLING)
+
+
+class TestRepetitionPenalty:
+    @pytest.mark.parametrize("prompt_counts", [True, False])
+    def test_seen_tokens_are_those_of_prompt_and_completion(self, model, prompt_counts):
+        plain = Sampling(R, temperature=0.0)
+        strict = dataclasses.replace(plain, repetition_penalty=1e6, penalize_prompt=prompt_counts)
+        out = complete(model, NAMES, strict, vocabulary(stop=()))
+        for row, name in enumerate(NAMES):
+            own = out.tokens[row, 0].tolist()
+            assert len(set(own)) == R
+            if prompt_counts:
+                assert not set(own) & set(content(name)[0])
+        if not prompt_counts:
+            free = complete(model, NAMES, plain, vocabulary(stop=()))
+            np.testing.assert_array_equal(out.tokens[:, :, 0], free.tokens[:, :, 0])
+
+    def test_each_completion_has_its_own_memory(self, model):
+        """Also where a column goes on with the next completion of a prompt."""
+        sampling = dataclasses.replace(SAMPLING, repetition_penalty=1.5)
+        whole = complete(model, NAMES, sampling)
+        queued = complete(model, NAMES, sampling, schedule=Schedule(slots=2, columns=2))
+        for row in range(B):
+            assert_same(queued, row, whole, row)
+        free = complete(model, NAMES, SAMPLING)
+        assert (free.tokens != whole.tokens).any()
+
+    def test_log_probs_are_those_of_the_plain_distribution(self, model):
+        """They are what the update computes; the penalty only decides what is drawn."""
+        sampling = Sampling(R, G, 0.8, top_k=8, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
+        out = complete(model, NAMES, sampling)
+        expected, _, _ = teacher_forced(model, out, 0.8)
+        np.testing.assert_allclose(out.log_probs[out.mask], expected[out.mask], rtol=0, atol=GATE)

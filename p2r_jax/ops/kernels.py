@@ -1,0 +1,137 @@
+"""Which implementation of attention runs, and on which mesh: the one place that chooses.
+
+    xla           reference implementations (`ops.attention`), spread out by the partitioner
+    pallas_tpu    splash attention and our decode kernel (`ops.splash`, `ops.decode_kernel`)
+    pallas_gpu    our Triton kernels for prompts, vision and updates (`ops.triton_attention`);
+                  decoding, which has one query a completion, stays with XLA
+
+A kernel is a black box to the partitioner, so each runs under `shard_map`: rows over `data` and
+`fsdp`, heads over `tensor`, and every device works on its own share. Letters as in `ops.attention`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from p2r_jax.ops import attention as xla
+from p2r_jax.ops import decode_kernel, splash, triton_attention
+from p2r_jax.parallel.mesh import BATCH_AXES
+
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
+BY_PLATFORM: dict[str, Implementation] = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Attention in its four shapes. Hashable: part of a model's static structure."""
+
+    implementation: Implementation = "xla"
+    mesh: Mesh | None = None
+    interpret: bool = False
+    """Run Pallas kernels in Python on any machine: for tests."""
+
+    def __post_init__(self) -> None:
+        names = get_args(Implementation)
+        if self.implementation not in names:
+            raise ValueError(f"kernels {self.implementation!r}: choose one of {', '.join(names)}")
+
+    @classmethod
+    def choose(cls, name: Implementation | Literal["auto"], mesh: Mesh | None) -> Kernels:
+        """`auto` is what suits the platform of the mesh's devices."""
+        if name != "auto":
+            return cls(name, mesh)
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        return cls(BY_PLATFORM.get(device.platform, "xla"), mesh)
+
+    def causal(
+        self,
+        q: Float[Array, "B S H D"],
+        k: Float[Array, "B S K D"],
+        v: Float[Array, "B S K D"],
+        valid: Int[Array, "B S"],
+    ) -> Float[Array, "B S H D"]:
+        """Prefill: see `ops.attention.causal_attention`."""
+        return self._rows("causal_attention", q, k, v, valid)
+
+    def segments(
+        self,
+        q: Float[Array, "B S H D"],
+        k: Float[Array, "B S K D"],
+        v: Float[Array, "B S K D"],
+        segment: Int[Array, "B S"],
+    ) -> Float[Array, "B S H D"]:
+        """Vision: see `ops.attention.segment_attention`."""
+        return self._rows("segment_attention", q, k, v, segment)
+
+    def shared_prefix(
+        self,
+        q: Float[Array, "B P+G*R H D"],
+        k: Float[Array, "B P+G*R K D"],
+        v: Float[Array, "B P+G*R K D"],
+        prompt_valid: Int[Array, "B P"],
+        completion_valid: Int[Array, "B G R"],
+    ) -> Float[Array, "B P+G*R H D"]:
+        """Update: see `ops.attention.shared_prefix_attention`."""
+        return self._rows("shared_prefix_attention", q, k, v, prompt_valid, completion_valid)
+
+    def decode(
+        self,
+        q: Float[Array, "B G H D"],
+        k_new: Float[Array, "B G K D"],
+        v_new: Float[Array, "B G K D"],
+        prefix: tuple[Float[Array, "L B K P D"], Float[Array, "L B K P D"]],
+        suffix: tuple[Float[Array, "L B K G C D"], Float[Array, "L B K G C D"]],
+        layer: Int[Array, ""],
+        prefix_valid: Int[Array, "B P"],
+        suffix_valid: Bool[Array, "B G C"],
+    ) -> Float[Array, "B G H D"]:
+        """Rollout, on the caches of all layers: see `ops.attention.decode_attention`."""
+        if self.implementation != "pallas_tpu":
+            own = lambda cache: jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+            prefix, suffix = jax.tree.map(own, (prefix, suffix))
+            return xla.decode_attention(q, k_new, v_new, prefix, suffix, prefix_valid, suffix_valid)
+        rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
+        cache = PartitionSpec(None, BATCH_AXES, "tensor")
+
+        def run(q, k_new, v_new, prefix, suffix, layer, prefix_valid, suffix_valid):
+            return decode_kernel.decode_attention(
+                q, k_new, v_new, prefix, suffix, layer, prefix_valid, suffix_valid,
+                interpret=self.interpret,
+            )  # fmt: skip
+
+        specs = (heads,) * 3 + ((cache,) * 2,) * 2 + (PartitionSpec(), rows, rows)
+        return self._spread(run, specs, heads, k_new.shape[2])(
+            q, k_new, v_new, prefix, suffix, layer, prefix_valid, suffix_valid
+        )
+
+    def _rows(self, name: str, q: Array, k: Array, v: Array, *masks: Array) -> Array:
+        if self.implementation == "xla":
+            return getattr(xla, name)(q, k, v, *masks)
+        module = splash if self.implementation == "pallas_tpu" else triton_attention
+        function = getattr(module, name)
+
+        def run(*inputs: Array) -> Array:
+            return function(*inputs, interpret=self.interpret)
+
+        rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
+        specs = (heads,) * 3 + (rows,) * len(masks)
+        return self._spread(run, specs, heads, k.shape[2])(q, k, v, *masks)
+
+    def _spread(
+        self, run: Callable[..., Array], specs: Any, out: PartitionSpec, kv_heads: int
+    ) -> Callable[..., Array]:
+        if self.mesh is None:
+            return run
+        tensor = self.mesh.shape["tensor"]
+        if kv_heads % tensor:
+            raise ValueError(
+                f"mesh.tensor = {tensor} does not divide the {kv_heads} heads of this model, which "
+                "the kernels need: choose a divisor, and put the other devices on mesh.fsdp"
+            )
+        return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)

@@ -1,0 +1,204 @@
+"""The host half of the rollout engine: which prompt goes into which slot, and when.
+
+Completions end at different lengths. With fewer slots than prompts, a slot whose completions have
+all ended takes the next prompt from the queue (continuous batching) while the others decode on;
+shapes stay the same, so nothing recompiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
+
+from p2r_jax.parallel.mesh import batch_sharding, batch_shards
+from p2r_jax.parallel.multihost import to_host
+from p2r_jax.qwen3_vl.config import TextConfig
+from p2r_jax.qwen3_vl.inputs import Prompts
+from p2r_jax.qwen3_vl.model import Qwen3VL
+from p2r_jax.rollout.engine import decode, empty_slots, fill, resize
+from p2r_jax.rollout.sampling import Sampling, Vocabulary
+
+Load = Callable[[Sequence[int]], Prompts]
+"""The prompts of these numbers as one batch on the device, in this order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How many completions decode at once. It changes speed and memory, never a completion."""
+
+    slots: int | None = None
+    """Prompts that decode at once; None = all."""
+    columns: int | None = None
+    """Completions of a prompt that decode at once, the others follow as these end; None = all."""
+    refill: int | None = None
+    """Prompts that are run together when as many slots are free; None = a quarter of the slots."""
+    rings: tuple[int, ...] = ()
+    """Cache lengths, in tokens, that a completion grows through up to `max_new_tokens`. Each one
+    used costs a compilation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """On the host. N prompts, G completions of each, R `max_new_tokens`."""
+
+    tokens: Int[np.ndarray, "N G R"]
+    """Padding after the stop token."""
+    log_probs: Float[np.ndarray, "N G R"]
+    """Of each sampled token at the sampling temperature, float32; 0 on padding."""
+    mask: Bool[np.ndarray, "N G R"]
+    """True on the tokens of the completion, the stop token included."""
+    stopped: Bool[np.ndarray, "N G"]
+    """False if the completion was cut at max_new_tokens."""
+    steps: int = 0
+    """Decoding steps that it took."""
+    occupancy: float = 1.0
+    """Part of the columns that drew a token in them, on average."""
+
+
+def generate(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    load: Load,
+    seeds: Sequence[int] | np.ndarray,
+    prompt_tokens: int,
+    vocabulary: Vocabulary,
+    sampling: Sampling,
+    schedule: Schedule | None = None,
+) -> Completions:
+    """Complete each of N = len(seeds) prompts G times.
+
+    load: called with at most `schedule.refill` numbers below N at a time, each number once but for
+    filling rows. seeds: one uint32 per prompt; with the completion's index in the group it decides
+    all randomness. prompt_tokens: P, the padded size that holds every prompt.
+
+    Raises ValueError for a schedule that cannot work.
+    """
+    plan = _Plan.of(schedule or Schedule(), len(seeds), sampling, nnx.merge(graph, params))
+    shape = (len(seeds), sampling.group, sampling.max_new_tokens)
+    tokens, log_probs = np.full(shape, int(vocabulary.pad), np.int32), np.zeros(shape, np.float32)
+    seeds = np.asarray(seeds, np.uint32)
+    prefix, state = empty_slots(
+        vocabulary.pad,
+        text=plan.text,
+        sampling=sampling,
+        slots=plan.slots,
+        columns=plan.columns,
+        prompt=prompt_tokens,
+        ring=plan.rings[0],
+        dtype=plan.dtype,
+        mesh=plan.mesh,
+    )
+    queue = list(range(len(seeds)))
+    serves = np.full(plan.slots, -1)
+    where = batch_sharding(plan.mesh) if plan.mesh is not None else None
+    while True:
+        active, age = to_host((state.active, state.age))
+        ended = np.flatnonzero(~active.any(1) & (serves >= 0))
+        if len(ended):
+            written = to_host((state.tokens, state.log_probs))
+            tokens[serves[ended]], log_probs[serves[ended]] = (x[ended] for x in written)
+            serves[ended] = -1
+        while queue and plan.may_fill(serves < 0, len(queue)):
+            numbers, local, slots = plan.assign(serves < 0, queue)
+            serves[slots] = np.asarray(numbers)[local >= 0]
+            queue = queue[len(slots) :]
+            prefix, state = fill(
+                graph,
+                params,
+                prefix,
+                state,
+                load(numbers),
+                jax.device_put(np.where(local < 0, plan.slots, local).astype(np.int32), where),
+                jax.device_put(seeds[numbers], where),
+                vocabulary.pad,
+                sampling=sampling,
+            )
+        if not (serves >= 0).any():
+            break
+        ring = plan.ring(int(age[active].max(initial=0)), state.keys.shape[4])
+        if ring != state.keys.shape[4]:
+            state = resize(state, ring=ring, mesh=plan.mesh)
+        free = np.int32(plan.wanted(len(queue)))
+        state = decode(graph, params, prefix, state, vocabulary, free, sampling=sampling)
+    # A token belongs to the completion unless a stop token came before it.
+    stops = np.asarray(to_host(vocabulary.stop))[tokens]
+    mask = np.cumsum(stops, axis=-1) - stops == 0
+    steps, drawn = map(int, to_host((state.clock, state.drawn)))
+    stopped, occupancy = np.asarray(stops.any(-1)), drawn / (steps * active.size)
+    return Completions(tokens, log_probs, mask, stopped, steps, occupancy)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A schedule made definite: everything divides by the devices that slots are split over."""
+
+    slots: int
+    columns: int
+    refill: int
+    rings: tuple[int, ...]
+    shards: int
+    mesh: Mesh | None
+    text: TextConfig
+    dtype: Any
+
+    @classmethod
+    def of(cls, schedule: Schedule, count: int, sampling: Sampling, model: Qwen3VL) -> _Plan:
+        for name in ("slots", "columns", "refill"):
+            value = getattr(schedule, name)
+            if value is not None and value < 1:
+                raise ValueError(f"rollout.{name} must be at least 1 or null, got {value}")
+        if count < 1:
+            raise ValueError("there is no prompt to complete")
+        mesh = model.kernels.mesh
+        shards = batch_shards(mesh) if mesh is not None else 1
+        up = lambda n: -(-n // shards) * shards
+        slots = up(schedule.slots or count)
+        refill = up(schedule.refill or (slots if slots >= count else slots // 4 or 1))
+        limit = sampling.max_new_tokens
+        return cls(
+            slots,
+            min(schedule.columns or sampling.group, sampling.group),
+            min(refill, slots),
+            (*(r for r in sorted(schedule.rings) if r < limit), limit),
+            shards,
+            mesh,
+            model.config.text,
+            model.unembedding.dtype,
+        )
+
+    def wanted(self, waiting: int) -> int:
+        """Free slots on every device at which decoding pauses; more than there are = never."""
+        if not waiting:
+            return self.slots + 1
+        return -(-min(self.refill, waiting) // self.shards)
+
+    def may_fill(self, free: np.ndarray, waiting: int) -> bool:
+        by_device = free.reshape(self.shards, -1).sum(1)
+        return bool(by_device.min() >= self.wanted(waiting))
+
+    def assign(
+        self, free: np.ndarray, queue: Sequence[int]
+    ) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Who goes where: the numbers to run (F, the last repeated to fill up), the place of each
+        among its device's slots (-1 for fillers), and the slots over all devices."""
+        own, each = self.slots // self.shards, self.refill // self.shards
+        local, numbers, left = np.full(self.refill, -1), [queue[-1]] * self.refill, list(queue)
+        for device, places in enumerate(free.reshape(self.shards, own)):
+            for i, place in enumerate(np.flatnonzero(places)[: self.wanted(len(queue))]):
+                if left:
+                    local[device * each + i] = place
+                    numbers[device * each + i] = left.pop(0)
+        rows = np.flatnonzero(local >= 0)
+        return numbers, local, rows // each * own + local[rows]
+
+    def ring(self, oldest: int, now: int) -> int:
+        """The cache length to go on with; it shrinks late, so that it does not swing."""
+        holds = next(r for r in self.rings if r > oldest or r == self.rings[-1])
+        return holds if holds > now or 2 * oldest <= holds else now
