@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30
-QUERY_CHUNK = 1024
+QUERY_CHUNK = 128
 
 
 def _scores(q: Float[Array, "*B Q H D"], k: Float[Array, "*B S K D"]) -> Float[Array, "*B K g Q S"]:

@@ -4,14 +4,15 @@
     python -m tests.benchmarks.group_cost --quick         # P 1024, R 32, G 8 and 16
     python -m tests.benchmarks.group_cost --tail          # continuous batching on a length mix
     python -m tests.benchmarks.group_cost --flops         # no run: FLOPs of the update over ideal
-    python -m tests.benchmarks.group_cost --tunix PYTHON  # a text-only step of tunix; see tunix_step
+    python -m tests.benchmarks.group_cost --tunix PYTHON  # a text-only step; see tunix_step
 
 One process, the same float32 weights, alternating, best of several; ratios are theirs ÷ ours.
 P prompt tokens (almost all of one image), R new tokens, no stop token, G completions.
 
-    generate   transformers, `num_return_sequences=G`     ÷ engine
-    rollout    our engine on the prompt repeated G times  ÷ engine
-    update     gradient on the prompt repeated G times    ÷ shared-prefix gradient
+    copies     transformers on the prompt repeated G times, as TRL calls it  ÷ engine
+    generate   transformers, `num_return_sequences=G` (one vision pass)      ÷ engine
+    rollout    our engine on the prompt repeated G times                     ÷ engine
+    update     gradient on the prompt repeated G times                ÷ shared-prefix gradient
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from p2r_jax.rollout.generate import Schedule, generate
 from p2r_jax.rollout.sampling import Sampling, Vocabulary
 
 IMAGE, VIDEO, START, END, TEXT = 2040, 2041, 2042, 2043, 32
-SIZES = {"layers": 8, "hidden": 256, "mlp": 768, "heads": 2, "kv_heads": 1, "head_dim": 128}
+SIZES = {"layers": 6, "hidden": 512, "mlp": 1536, "heads": 4, "kv_heads": 2, "head_dim": 128}
 VOCABULARY = 2048
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3_vl",
@@ -73,10 +74,10 @@ CONFIG: dict[str, Any] = {
     "vision_config": {
         "model_type": "qwen3_vl",
         "hidden_act": "gelu_pytorch_tanh",
-        "depth": 4,
-        "hidden_size": 128,
-        "num_heads": 2,
-        "intermediate_size": 256,
+        "depth": 3,
+        "hidden_size": 256,
+        "num_heads": 4,
+        "intermediate_size": 1024,
         "out_hidden_size": SIZES["hidden"],
         "deepstack_visual_indexes": [0, 1, 2],
         "num_position_embeddings": 256,
@@ -145,7 +146,7 @@ def our_rollout(model: Any, prompts: Prompts, sampling: Sampling, rows: int) -> 
 
 
 def their_rollout(model: Any, prompts: Prompts, sampling: Sampling) -> Callable[[], Any]:
-    """`generate` as TRL calls it; the images of a prompt are given once and expanded by it."""
+    """`generate`, which runs the vision tower once for each prompt that it is given."""
     assert prompts.patches is not None
     ids = torch.tensor(np.asarray(prompts.tokens)).long()
     pixels = np.asarray(prompts.patches.pixels)
@@ -185,7 +186,7 @@ def make_batch(prompts: Prompts, group: int, length: int) -> TrainingBatch:
 
 def repeated_batch(batch: TrainingBatch) -> TrainingBatch:
     """The same completions, each as the only one of its own copy of the prompt."""
-    group, length = batch.tokens.shape[1:]
+    group = batch.tokens.shape[1]
     flat = lambda x: x.reshape(-1, 1, *x.shape[2:])
     return TrainingBatch(
         repeat(batch.prompts, group),
@@ -236,10 +237,7 @@ def grid(cells: Sequence[tuple[int, int, int]], rows: int, runs: int) -> None:
     graph, params = nnx.split(ours, nnx.Param)
     step = gradient(graph, endless(VOCABULARY).allowed)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, {rows} prompts, seconds")
-    print(
-        f"{'P':>5} {'R':>4} {'G':>3} | {'engine':>8} {'repeated':>9} {'generate':>9} "
-        f"{'rollout÷':>9} {'generate÷':>9} | {'update':>8} {'repeated':>9} {'update÷':>8}"
-    )
+    print("    P    R   G |   engine  rollout   copies generate |   update repeated   ")
     for prompt, length, group in cells:
         prompts = make_prompts(ours.config, prompt, rows)
         many = repeat(prompts, group)
@@ -250,22 +248,22 @@ def grid(cells: Sequence[tuple[int, int, int]], rows: int, runs: int) -> None:
             {
                 "engine": our_rollout(ours, prompts, whole, rows),
                 "repeated": our_rollout(ours, many, once, rows * group),
+                "copies": their_rollout(theirs, many, once),
                 "generate": their_rollout(theirs, prompts, whole),
             },
             runs,
         )
-        update = best_of(
-            {
-                "shared": lambda b=batch: step(params, b),
-                "repeated": lambda b=copies: step(params, b),
-            },
+        took |= best_of(
+            {"update": lambda b=batch: step(params, b), "again": lambda b=copies: step(params, b)},
             runs,
         )
+        print(f"{prompt:5} {length:4} {group:3} | " + " ".join(
+            f"{took[name]:8.2f}" for name in ("engine", "repeated", "copies", "generate")
+        ) + f" | {took['update']:8.2f} {took['again']:8.2f}")  # fmt: skip
+        ratios = [took[name] / took["engine"] for name in ("repeated", "copies", "generate")]
+        shown = " ".join(f"{ratio:7.1f}x" for ratio in ratios)
         print(
-            f"{prompt:5} {length:4} {group:3} | {took['engine']:8.2f} {took['repeated']:9.2f} "
-            f"{took['generate']:9.2f} {took['repeated'] / took['engine']:8.1f}x "
-            f"{took['generate'] / took['engine']:8.1f}x | {update['shared']:8.2f} "
-            f"{update['repeated']:9.2f} {update['repeated'] / update['shared']:7.1f}x",
+            f"{'÷':>14} | {'':8} {shown} | {'':8} {took['again'] / took['update']:7.1f}x",
             flush=True,
         )
 
@@ -328,8 +326,10 @@ def tail(runs: int) -> None:
     took = best_of(functions, runs)
     parts = results["batches of 8 prompts, no refill"]
     lengths = np.concatenate([part.mask.sum(-1).ravel() for part in parts])
-    print(f"{lengths.size} completions: mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, "
-          f"longest {lengths.max()} tokens")  # fmt: skip
+    print(
+        f"{lengths.size} completions: mean {lengths.mean():.0f}, "
+        f"median {np.median(lengths):.0f}, longest {lengths.max()} tokens"
+    )
     print(f"{'':34} {'tokens/s':>9} {'seconds':>8} {'steps':>6} {'occupancy':>10} {'columns':>8}")
     for name, result in results.items():
         whole = result if isinstance(result, list) else [result]
@@ -368,7 +368,7 @@ def flops() -> None:
                         abstract(params),
                         own,
                         allowed,
-                    )  # fmt: skip
+                    )
                 )
             finally:
                 jax.checkpoint = plain
@@ -411,7 +411,7 @@ def against_tunix(python: str, runs: int) -> None:
         train_step,
     )  # fmt: skip
 
-    rows, prompt, length, group = 2, 1024, 32, 8
+    rows, prompt, length, group = 1, 1024, 32, 8
     config = Qwen3VLConfig.from_hf(CONFIG)
     from p2r_jax.qwen3_vl import Qwen3VL
 
@@ -462,6 +462,7 @@ def against_tunix(python: str, runs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cells", nargs="+", metavar="P,R,G", help="of the grid, instead of all")
     parser.add_argument("--tail", action="store_true")
     parser.add_argument("--flops", action="store_true")
     parser.add_argument("--tunix", metavar="PYTHON", help="of an environment with google-tunix")
@@ -481,7 +482,8 @@ def main() -> None:
     else:
         cells = [(p, r, g) for p in (256, 1024, 2048) for r in (32, 128) for g in (4, 8, 16)]
         quick = [(1024, 32, 8), (1024, 32, 16)]
-        grid(quick if args.quick else cells, args.prompts, args.runs)
+        chosen = [tuple(map(int, cell.split(","))) for cell in args.cells or ()]
+        grid(chosen or (quick if args.quick else cells), args.prompts, args.runs)
 
 
 if __name__ == "__main__":

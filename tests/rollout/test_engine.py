@@ -296,6 +296,17 @@ def test_eight_devices_equal_one(on_mesh, sampled, schedule):
         assert_same(out, row, sampled, NAMES.index(name))
 
 
+@pytest.mark.parametrize("mesh", [None, (2, 1, 2)], ids=["one device", "four devices"])
+def test_the_tpu_kernels_draw_the_same_completions(model, sampled, mesh):
+    """Interpreted: splash for vision and prompts, our kernel for every decoding step."""
+    mesh = mesh and make_mesh(*mesh, jax.devices()[:4])
+    graph, _ = make_model(kernels=Kernels("pallas_tpu", mesh, interpret=True))
+    sampling = dataclasses.replace(SAMPLING, group=2)
+    out = complete((graph, model[1]), NAMES, sampling, schedule=Schedule(rings=(4,)))
+    for row in range(B):
+        assert_same(out, row, sampled, row, group=2)
+
+
 def test_caches_stay_where_they_are(on_mesh):
     """Rows over data and fsdp, heads over tensor, before and after every program."""
     graph, params, mesh = on_mesh
