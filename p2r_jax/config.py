@@ -61,6 +61,12 @@ class BucketConfig:
     image: list[int] = field(default_factory=lambda: [2048, 4096, 8192])
     """Largest side of a source image, pixels."""
 
+    def validate(self) -> None:
+        """Raise ValueError for sizes that do not increase."""
+        lengths = self.response_tokens
+        if lengths != sorted(set(lengths)) or min(lengths, default=1) < 1:
+            raise ValueError(f"buckets.response_tokens must be increasing sizes, got {lengths}")
+
 
 @dataclasses.dataclass
 class DataConfig:
@@ -90,6 +96,8 @@ class PhaseConfig:
     min_p: float = 0.0
     """Draw among tokens at least this many times as likely as the likeliest."""
     repetition_penalty: float = 1.0
+    penalize_prompt: bool = True
+    """The penalty counts tokens of the prompt as seen."""
     partner_max_new_tokens: int = 2048
     """The partner decodes greedily."""
     microbatch: int = 0
@@ -110,7 +118,8 @@ class RolloutConfig:
     columns: int | None = None
     """Completions of a prompt that decode at once; null = the whole group."""
     refill: int | None = None
-    """Free slots that are filled together; null = a quarter of the slots."""
+    """Free slots that are filled together; null = a quarter of the slots, or all at once if every
+    prompt has a slot."""
     greedy_slots: int = 64
     """As `slots`, for the partner and for evaluations."""
 
@@ -168,6 +177,9 @@ class EvalDuringTraining:
     """Modes before training and at its end; `modes` in between."""
     batch: int = 64
     """Questions whose images are uploaded together."""
+    repetition_penalty: float = 1.0
+    """On tokens of the prompt and the completion; the authors evaluate with 1.05."""
+    penalize_prompt: bool = True
 
 
 @dataclasses.dataclass
@@ -219,11 +231,13 @@ class TrainConfig:
             part, field_name = name.split(".")
             if getattr(getattr(self, part), field_name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        for name in ("slots", "columns", "refill", "greedy_slots"):
+            value = getattr(self.rollout, name)
+            if value is not None and value < 1:
+                raise ValueError(f"rollout.{name} must be at least 1, got {value}")
         if self.loss.dual_clip is not None and self.loss.dual_clip <= 1:
             raise ValueError(f"loss.dual_clip must be above 1 or null, got {self.loss.dual_clip}")
-        lengths = self.buckets.response_tokens
-        if lengths != sorted(set(lengths)) or min(lengths, default=1) < 1:
-            raise ValueError(f"buckets.response_tokens must be increasing sizes, got {lengths}")
+        self.buckets.validate()
         for i, phase in enumerate(self.phases):
             for name in ("steps", "prompts", "group", "max_new_tokens", "partner_max_new_tokens"):
                 if getattr(phase, name) < 1:
@@ -272,6 +286,7 @@ class EvalConfig:
     direct_max_new_tokens: int = 16
     repetition_penalty: float = 1.0
     """On tokens of the prompt and the completion; the authors evaluate with 1.05."""
+    penalize_prompt: bool = True
     min_pixels: int | None = None
     max_pixels: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -280,3 +295,14 @@ class EvalConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     buckets: BucketConfig | None = None
     """None = sizes that fit the model's pixel budget."""
+
+    def validate(self) -> None:
+        """Raise ValueError naming the first field that cannot work."""
+        caps = ("perceiver_max_new_tokens", "reasoner_max_new_tokens", "direct_max_new_tokens")
+        for name in ("batch", *caps):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if self.buckets is not None:
+            self.buckets.validate()

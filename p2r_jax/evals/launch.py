@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import yaml
 from flax import nnx
@@ -18,7 +19,7 @@ from p2r_jax.data.sources import Source, load_source
 from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.evals.runner import Decoding, EvalWriter, check_modes, evaluate
 from p2r_jax.evals.scoring import format_table, summary_rows
-from p2r_jax.parallel.mesh import make_mesh
+from p2r_jax.parallel.mesh import for_decoding, make_mesh
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
@@ -28,12 +29,12 @@ from p2r_jax.roles.pipeline import (
     Result,
     default_buckets,
     default_prompt_set,
+    greedy_schedule,
     perceive_and_reason,
 )
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.render import contact_sheet
 from p2r_jax.roles.requests import Buckets
-from p2r_jax.rollout.generate import Schedule
 
 
 def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
     trained with, unless `config` says otherwise.
     """
     console = Console()
+    config.validate()
     check_modes(config.modes)
     folder = locate_checkpoint(config.model)
     trained = _settings_of_run(Path(config.model))
@@ -67,10 +69,11 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = load_pretrained(folder, mesh, config.dtype, config.kernels)
     graph, params = nnx.split(model, nnx.Param)
+    params = jax.device_put(params, for_decoding(params, mesh))
     named = config.prompts or trained.get("prompts") or default_prompt_set(processor.config)
     prompts = load_prompt_set(named)
     rings = tuple((config.buckets or BucketConfig()).response_tokens)
-    schedule = Schedule(config.batch, rings=rings)
+    schedule = greedy_schedule(config.batch, rings)
     pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, schedule)
     total = max(0, min(limit, len(source) - config.offset))
     if not total:
@@ -86,6 +89,7 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
             config.reasoner_max_new_tokens,
             config.direct_max_new_tokens,
             config.repetition_penalty,
+            config.penalize_prompt,
         ),
         total=total,
         seed=config.seed,

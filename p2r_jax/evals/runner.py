@@ -54,13 +54,22 @@ class Decoding:
 
     @classmethod
     def greedy(
-        cls, perceiver: int, reasoner: int, direct: int, repetition_penalty: float = 1.0
+        cls,
+        perceiver: int,
+        reasoner: int,
+        direct: int,
+        repetition_penalty: float = 1.0,
+        penalize_prompt: bool = True,
     ) -> Decoding:
         """New tokens of each role at most, and a penalty for all."""
-        caps = (perceiver, reasoner, direct)
-        return cls(
-            *(Sampling(n, temperature=0.0, repetition_penalty=repetition_penalty) for n in caps)
+        greedy = Sampling(
+            1,
+            temperature=0.0,
+            repetition_penalty=repetition_penalty,
+            penalize_prompt=penalize_prompt,
         )
+        caps = (perceiver, reasoner, direct)
+        return cls(*(dataclasses.replace(greedy, max_new_tokens=cap) for cap in caps))
 
 
 def check_modes(modes: Sequence[str]) -> None:

@@ -50,8 +50,9 @@ def attention(
 ) -> Float[Array, "B Q H D"]:
     """Grouped-query attention; query i of row b reads key j where `mask[b, i, j]`.
 
-    Many queries go through in chunks, forward and backward, so that memory grows with the number
-    of keys and not with its square: one 2048-token image has 8192 patches.
+    Many queries go through in chunks, forward and backward, so that scores need memory for the
+    number of keys and not for its square: one 2048-token image has 8192 patches. (The mask, one
+    byte for each pair, does grow with the square.) A chunk's scores should fit a processor's cache.
     """
     queries, chunk = q.shape[1], QUERY_CHUNK
     if queries <= chunk:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from p2r_jax.ops import attention as xla
 from p2r_jax.ops import decode_kernel, splash, triton_attention
-from p2r_jax.parallel.mesh import BATCH_AXES
+from p2r_jax.parallel.mesh import BATCH_AXES, batch_shards
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 BY_PLATFORM: dict[str, Implementation] = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
@@ -48,6 +48,18 @@ class Kernels:
             return cls(name, mesh)
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         return cls(BY_PLATFORM.get(device.platform, "xla"), mesh)
+
+    def check_heads(self, **heads: int) -> None:
+        """Raise ValueError if a kernel could not give every device of `tensor` whole heads."""
+        if self.implementation == "xla" or self.mesh is None:
+            return
+        for name, count in heads.items():
+            if count % self.mesh.shape["tensor"]:
+                raise ValueError(
+                    f"mesh.tensor = {self.mesh.shape['tensor']} does not divide {name} = {count}, "
+                    "which the kernels need: choose a divisor, and put the other devices on "
+                    "mesh.fsdp"
+                )
 
     def causal(
         self,
@@ -96,19 +108,16 @@ class Kernels:
             own = lambda cache: jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
             prefix, suffix = jax.tree.map(own, (prefix, suffix))
             return xla.decode_attention(q, k_new, v_new, prefix, suffix, prefix_valid, suffix_valid)
-        rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
-        cache = PartitionSpec(None, BATCH_AXES, "tensor")
 
-        def run(q, k_new, v_new, prefix, suffix, layer, prefix_valid, suffix_valid):
-            return decode_kernel.decode_attention(
-                q, k_new, v_new, prefix, suffix, layer, prefix_valid, suffix_valid,
-                interpret=self.interpret,
-            )  # fmt: skip
+        def run(*inputs):
+            return decode_kernel.decode_attention(*inputs, interpret=self.interpret)
 
-        specs = (heads,) * 3 + ((cache,) * 2,) * 2 + (PartitionSpec(), rows, rows)
-        return self._spread(run, specs, heads, k_new.shape[2])(
-            q, k_new, v_new, prefix, suffix, layer, prefix_valid, suffix_valid
-        )
+        rows = self._row_axes(q.shape[0])
+        heads, cache = PartitionSpec(rows, None, "tensor"), PartitionSpec(None, rows, "tensor")
+        masks = PartitionSpec(rows)
+        specs = (heads,) * 3 + ((cache,) * 2,) * 2 + (PartitionSpec(), masks, masks)
+        inputs = q, k_new, v_new, prefix, suffix, layer, prefix_valid, suffix_valid
+        return self._spread(run, specs, heads)(*inputs)
 
     def _rows(self, name: str, q: Array, k: Array, v: Array, *masks: Array) -> Array:
         if self.implementation == "xla":
@@ -119,19 +128,19 @@ class Kernels:
         def run(*inputs: Array) -> Array:
             return function(*inputs, interpret=self.interpret)
 
-        rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
-        specs = (heads,) * 3 + (rows,) * len(masks)
-        return self._spread(run, specs, heads, k.shape[2])(q, k, v, *masks)
+        rows = self._row_axes(q.shape[0])
+        heads = PartitionSpec(rows, None, "tensor")
+        specs = (heads,) * 3 + (PartitionSpec(rows),) * len(masks)
+        return self._spread(run, specs, heads)(q, k, v, *masks)
+
+    def _row_axes(self, rows: int) -> tuple[str, ...] | None:
+        """Few rows that do not divide over the devices are computed on all of them."""
+        divides = self.mesh is None or rows % batch_shards(self.mesh) == 0
+        return BATCH_AXES if divides else None
 
     def _spread(
-        self, run: Callable[..., Array], specs: Any, out: PartitionSpec, kv_heads: int
+        self, run: Callable[..., Array], specs: Any, out: PartitionSpec
     ) -> Callable[..., Array]:
         if self.mesh is None:
             return run
-        tensor = self.mesh.shape["tensor"]
-        if kv_heads % tensor:
-            raise ValueError(
-                f"mesh.tensor = {tensor} does not divide the {kv_heads} heads of this model, which "
-                "the kernels need: choose a divisor, and put the other devices on mesh.fsdp"
-            )
         return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)

@@ -86,6 +86,18 @@ def parameter_shardings(state: Any, mesh: Mesh, fsdp: bool = True) -> Any:
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def for_decoding(params: Any, mesh: Mesh | None) -> Any:
+    """A tree of shardings like `params` that is not split over fsdp, so that no decoding step
+    gathers weights; None without a mesh."""
+    if mesh is None:
+        return None
+    return jax.tree.map(
+        lambda variable: variable.get_value(),
+        parameter_shardings(params, mesh, fsdp=False),
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis (prompts, images) split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

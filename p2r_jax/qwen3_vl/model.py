@@ -25,6 +25,10 @@ class Qwen3VL(nnx.Module):
         """kernels: default, the XLA reference implementations."""
         self.config = config
         self.kernels = kernels or Kernels()
+        self.kernels.check_heads(
+            num_key_value_heads=config.text.num_key_value_heads,
+            vision_num_heads=config.vision.num_heads,
+        )
         self.name_or_path = ""
         """The folder the weights came from, as in transformers; "" if made from nothing."""
         self.visual = VisionTower(config.vision, rngs, self.kernels)

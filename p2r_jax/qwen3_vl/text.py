@@ -98,7 +98,7 @@ class TextDecoder(nnx.Module):
     ) -> tuple[Float[Array, "B S E"], Any]:
         """Final hidden states and whatever `attend` returned, stacked over layers.
 
-        `layer_inputs` is a pytree with leading axis L (a key-value cache, say). Level j of
+        `layer_inputs` is a pytree with leading axis L (the layer's index, say). Level j of
         `deepstack` is added to the visual tokens after layer j.
         """
         # Angles are float32, the products are in the model dtype: the reference's rounding.

@@ -106,7 +106,8 @@ def decoding_of(config: TrainConfig) -> Decoding:
         if idle:
             caps[idle] = max(caps.get(idle, 0), phase.partner_max_new_tokens)
     reasoner = max(caps.get("reasoner", 0), caps.get("baseline", 0))
-    return Decoding.greedy(caps.get("perceiver", 256), reasoner, 16)
+    penalty = config.eval.repetition_penalty, config.eval.penalize_prompt
+    return Decoding.greedy(caps.get("perceiver", 256), reasoner, 16, *penalty)
 
 
 def _flat(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -25,10 +25,9 @@ from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.rl.experience import phase_sampling
 from p2r_jax.rl.rewards import Verifier, require_verifier
 from p2r_jax.rl.trainer import Trainer
-from p2r_jax.roles.pipeline import Pipeline, default_prompt_set
+from p2r_jax.roles.pipeline import Pipeline, default_prompt_set, greedy_schedule
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
-from p2r_jax.rollout.generate import Schedule
 
 
 def build_trainer(
@@ -66,7 +65,7 @@ def build_trainer(
             )
     model = load_pretrained(folder, mesh, "float32", config.model.kernels)
     graph, params = nnx.split(model, nnx.Param)
-    greedy = Schedule(config.rollout.greedy_slots, rings=tuple(config.buckets.response_tokens))
+    greedy = greedy_schedule(config.rollout.greedy_slots, tuple(config.buckets.response_tokens))
     pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, greedy)
     return Trainer(config, pipeline, params, train_source, validation_source, console, verifier)
 
@@ -123,7 +122,11 @@ def _check_same_config(config: TrainConfig, run: Path) -> None:
     now = dataclasses.asdict(config)
     if file.is_file():
         before = yaml.safe_load(file.read_text())
-        changed = [key for key in now if key not in ("run", "log", "checkpoint", "mesh")]
+        # These change where and how fast, not what: a run may go on on other machines.
+        free = ("run", "log", "checkpoint", "mesh", "rollout")
+        changed = [key for key in now if key not in free]
+        for settings in (now["model"], before.get("model", {})):
+            settings.pop("kernels", None)
         changed = [key for key in changed if before.get(key) != _plain(now[key])]
         if changed:
             raise ValueError(

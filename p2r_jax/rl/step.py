@@ -26,7 +26,7 @@ from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.rl.losses import SumCount, aggregate_terms, aggregation_count, kl_estimate
 from p2r_jax.rl.losses import policy_loss_terms as policy_terms
-from p2r_jax.rollout.engine import last_index
+from p2r_jax.rollout.engine import last_valid
 
 
 @jax.tree_util.register_dataclass
@@ -135,7 +135,7 @@ def completion_log_probs(
     hidden, _ = model.language_model(
         x, positions, attend, deepstack=deepstack, visual_slot=visual_slot, remat=remat
     )
-    boundary = hidden[jnp.arange(rows), last_index(prompts.valid)]
+    boundary = last_valid(hidden, prompts.valid)
     boundary = jnp.broadcast_to(boundary[:, None, None], (rows, group, 1, hidden.shape[-1]))
     own = hidden[:, prompts.tokens.shape[1] :]
     own = own.reshape(rows, group, length - 1, hidden.shape[-1])

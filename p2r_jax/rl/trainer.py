@@ -32,7 +32,7 @@ from rich.progress import Progress as ProgressBar
 from p2r_jax.config import PhaseConfig, TrainConfig
 from p2r_jax.data.loader import LoadedRow, training_batches
 from p2r_jax.parallel.compilations import Compilations
-from p2r_jax.parallel.mesh import parameter_shardings
+from p2r_jax.parallel.mesh import for_decoding
 from p2r_jax.parallel.multihost import is_main, to_host
 from p2r_jax.qwen3_vl.hf import save_pretrained
 from p2r_jax.rl.batches import advantages_of, anchor_batch, training_batch
@@ -83,19 +83,9 @@ class Trainer:
         self.initial = params
         self.stages: dict[str, float] = collections.defaultdict(float)
         self._state_layout: Layout = ()
-        layout = self._layout(params)
+        layout = for_decoding(params, self.mesh)
         self._to_rollout = jax.jit(lambda p: cast(p, self.dtype), out_shardings=layout)
         self._to_snapshot = jax.jit(lambda p: cast(p, self.dtype))
-
-    def _layout(self, params: nnx.State) -> Any:
-        """Shardings for decoding: not split over fsdp, so that no step gathers weights."""
-        if self.mesh is None:
-            return None
-        return jax.tree.map(
-            lambda v: v.get_value(),
-            parameter_shardings(params, self.mesh, fsdp=False),
-            is_leaf=lambda x: isinstance(x, nnx.Variable),
-        )
 
     # --- the method --------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class Pipeline:
     builder: RequestBuilder
     vocabulary: Vocabulary
     schedule: Schedule
-    """Of `complete`; with fixed slots, so that the number of requests costs no compilation."""
+    """Of `complete`; with fixed sizes, so that the number of requests costs no compilation."""
 
     @classmethod
     def create(
@@ -75,10 +75,10 @@ class Pipeline:
         mesh: Mesh | None = None,
         schedule: Schedule | None = None,
     ) -> Pipeline:
-        """schedule: of `complete`; default, 32 slots."""
+        """mesh: that of the model. schedule: of `complete`; default, 32 slots."""
         builder = RequestBuilder(processor, prompts, buckets, mesh)
         words = Vocabulary.of(processor, mesh)
-        return cls(graph, builder, words, schedule or Schedule(slots=32))
+        return cls(graph, builder, words, schedule or greedy_schedule(32))
 
     def sample(
         self,
@@ -106,23 +106,28 @@ class Pipeline:
         """One completion of each request, in order; greedy, whatever `sampling` says.
 
         Equal requests are answered once. Requests of one bucket share the slots, so that short
-        prompts do not pay for long ones.
+        prompts do not pay for long ones; a bucket with fewer than would fill them joins the next.
         """
         sampling = dataclasses.replace(sampling, group=1, temperature=0.0)
         keys = [(r.image, r.views, r.tokens.tobytes()) for r in requests]
         distinct = dict(zip(keys, requests, strict=True))
-        sizes = self.builder.buckets.prompt_tokens
         by_bucket: dict[int, list[Any]] = collections.defaultdict(list)
         by_size = sorted(distinct.items(), key=lambda kv: (len(kv[1].views), len(kv[1].tokens)))
         for key, request in by_size:
-            by_bucket[fit(sizes, len(request.tokens), "prompt_tokens")].append(key)
+            by_bucket[self._bucket([request])].append(key)
         answers: dict[Any, Completion] = {}
-        for own in by_bucket.values():
+        waiting: list[Any] = []
+        for bucket in sorted(by_bucket):
+            waiting += by_bucket[bucket]
+            if len(waiting) < (self.schedule.slots or 1) and bucket != max(by_bucket):
+                continue
             completions = self._generate(
-                params, [distinct[k] for k in own], images, sampling, [0] * len(own), self.schedule
-            )
+                params, [distinct[k] for k in waiting], images, sampling, [0] * len(waiting),
+                self.schedule,
+            )  # fmt: skip
             outputs = self._outputs(completions)
-            answers |= {key: group[0] for key, group in zip(own, outputs, strict=True)}
+            answers |= {key: group[0] for key, group in zip(waiting, outputs, strict=True)}
+            waiting = []
         return [answers[key] for key in keys]
 
     def _generate(
@@ -138,16 +143,22 @@ class Pipeline:
         """collated: the requests as a batch, if there is one already."""
 
         def load(numbers: Sequence[int]) -> Prompts:
-            # All of them, in order, with the filling rows that `collate` adds too.
-            if collated is not None and list(dict.fromkeys(numbers)) == list(range(len(requests))):
-                return collated
+            if collated is not None:
+                # All of them, in order, with the filling rows that `collate` adds too.
+                last = len(requests) - 1
+                rows = [min(i, last) for i in range(collated.tokens.shape[0])]
+                if list(numbers) == rows:
+                    return collated
             return self.builder.collate([requests[i] for i in numbers], images)
 
-        longest = max(len(request.tokens) for request in requests)
-        prompt = fit(self.builder.buckets.prompt_tokens, longest, "prompt_tokens")
         return generate(
-            self.graph, params, load, seeds, prompt, self.vocabulary, sampling, schedule
-        )
+            self.graph, params, load, seeds, self._bucket(requests), self.vocabulary, sampling,
+            schedule,
+        )  # fmt: skip
+
+    def _bucket(self, requests: Sequence[Request]) -> int:
+        longest = max(len(request.tokens) for request in requests)
+        return fit(self.builder.buckets.prompt_tokens, longest, "prompt_tokens")
 
     def _outputs(self, completions: Completions) -> list[list[Completion]]:
         decode = self.builder.processor.decode
@@ -183,6 +194,11 @@ class Pipeline:
             for question, own in zip(questions, boxes, strict=True)
         ]
         return [o.text for o in self.complete(params, requests, images, sampling)]
+
+
+def greedy_schedule(slots: int, rings: tuple[int, ...] = ()) -> Schedule:
+    """For `Pipeline.complete`: `slots` prompts at once, a quarter of them run together."""
+    return Schedule(slots, refill=max(1, slots // 4), rings=rings)
 
 
 def default_prompt_set(config: Qwen3VLConfig) -> str:
@@ -267,8 +283,9 @@ def perceive_and_reason(
 
     graph, params = nnx.split(model)
     buckets = default_buckets(processor.sizes, max(pixels.shape[:2]))
-    pipeline = Pipeline.create(graph, processor, prompts, buckets, schedule=Schedule(slots=1))
-    images = ImageStore.upload([pixels], buckets)
+    mesh = model.kernels.mesh
+    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, Schedule(slots=1))
+    images = ImageStore.upload([pixels], buckets, mesh)
     perceiver, reasoner = Sampling(perceiver_max_new_tokens), Sampling(reasoner_max_new_tokens)
     ((perceiver_text, parsed),) = pipeline.perceive(params, images, [asked], perceiver)
     boxes = list(parsed.boxes)

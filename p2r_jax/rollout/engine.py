@@ -6,7 +6,8 @@ ended, the slot is free for another prompt. All shapes are fixed, so nothing rec
 prompts come and go.
 
     empty_slots    room for B prompts of P tokens
-    fill           run F prompts once and put each into a slot
+    prefill        run F prompts once
+    fill           the same, and put each into a slot
     decode         step until the host has something to do
     resize         another cache length
 
@@ -152,8 +153,16 @@ def empty_slots(
     return _split((prefix, state), mesh)
 
 
-def prefill(model: Qwen3VL, prompts: Prompts) -> tuple[Array, Array, Float[Array, "F E"]]:
-    """Encode the images and run the prompts once: keys and values [L,F,K,P,D], boundary states."""
+@functools.partial(jax.jit, static_argnames=("graph",))
+def prefill(
+    graph: nnx.GraphDef, params: nnx.State, prompts: Prompts
+) -> tuple[Float[Array, "L F K p D"], Float[Array, "L F K p D"], Float[Array, "F E"]]:
+    """Encode the images and run F prompts once: keys, values, and boundary states.
+
+    Nothing here depends on slots, rings or sampling: the most expensive program is compiled once
+    for each size of the prompts.
+    """
+    model = nnx.merge(graph, params)
     x, deepstack = model.embed_prompts(prompts)
 
     def attend(q, k, v, _):
@@ -163,7 +172,13 @@ def prefill(model: Qwen3VL, prompts: Prompts) -> tuple[Array, Array, Float[Array
     hidden, (keys, values) = model.language_model(
         x, prompts.positions, attend, deepstack=deepstack, visual_slot=prompts.visual_slot
     )
-    return keys, values, hidden[jnp.arange(hidden.shape[0]), last_index(prompts.valid)]
+    return keys, values, last_valid(hidden, prompts.valid)
+
+
+def last_valid(x: Float[Array, "B P E"], valid: Int[Array, "B P"]) -> Float[Array, "B E"]:
+    """What belongs to the last valid token of each row, under left or right padding."""
+    # Along an axis, not by row numbers: a row then never asks for what another device holds.
+    return jnp.take_along_axis(x, last_index(valid)[:, None, None], axis=1)[:, 0]
 
 
 def last_index(valid: Int[Array, "B P"]) -> Int[Array, " B"]:
@@ -171,9 +186,6 @@ def last_index(valid: Int[Array, "B P"]) -> Int[Array, " B"]:
     return valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("prefix", "state")
-)
 def fill(
     graph: nnx.GraphDef,
     params: nnx.State,
@@ -191,28 +203,52 @@ def fill(
     alike and `slot` counts within the device's own slots, so no cache moves between devices. The
     prompts may be shorter than the slots, not longer.
     """
-    model = nnx.merge(graph, params)
-    keys, values, boundary = prefill(model, prompts)
-    room = prefix.keys.shape[3] - keys.shape[3]
-    keys, values = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))).astype(prefix.keys.dtype)
-        for x in (keys, values)
-    )
-    rows, columns = slot.shape[0], state.active.shape[1]
+    mesh = nnx.merge(graph, params).kernels.mesh
+    own = {name: getattr(state, name) for name in STARTED}
+    new = prefill(graph, params, prompts)
+    prefix, own = _start(
+        prefix, own, new, prompts.tokens, prompts.valid, prompts.next_position, slot, seeds, pad,
+        penalize_prompt=sampling.penalize_prompt, mesh=mesh,
+    )  # fmt: skip
+    return prefix, dataclasses.replace(state, **own)
+
+
+STARTED = ("next_index", "active", "index", "age", "hidden", "seen", "tokens", "log_probs")
+"""What of `Columns` changes when a prompt comes into a slot; not the rings."""
+
+
+@functools.partial(
+    jax.jit, static_argnames=("penalize_prompt", "mesh"), donate_argnames=("prefix", "own")
+)
+def _start(
+    prefix: Prefix,
+    own: dict[str, Any],
+    new: tuple[Array, Array, Array],
+    prompt_tokens: Int[Array, "F p"],
+    valid: Int[Array, "F p"],
+    next_position: Int[Array, " F"],
+    slot: Int[Array, " F"],
+    seeds: Int[Array, " F"],
+    pad: Int[Array, ""],
+    *,
+    penalize_prompt: bool,
+    mesh: Mesh | None,
+) -> tuple[Prefix, dict[str, Any]]:
+    keys, values, boundary = new
+    rows, columns = slot.shape[0], own["active"].shape[1]
     seen = None
     if prefix.seen is not None:
         seen = jnp.zeros((rows, prefix.seen.shape[1]), bool)
-        if sampling.penalize_prompt:
-            counted = prompts.valid.astype(bool)
-            seen = jax.vmap(lambda row, *new: row.at[new[0]].max(new[1]))(
-                seen, prompts.tokens, counted
-            )
-    new_prefix = Prefix(
-        keys=keys,
-        values=values,
-        valid=jnp.pad(prompts.valid, ((0, 0), (0, room))),
-        next_position=prompts.next_position,
-        boundary=boundary,
+        if penalize_prompt:
+            mark = jax.vmap(lambda seen, token, counts: seen.at[token].max(counts))
+            seen = mark(seen, prompt_tokens, valid.astype(bool))
+    room = prefix.valid.shape[1] - valid.shape[1]
+    arrived = Prefix(
+        keys=keys.astype(prefix.keys.dtype),
+        values=values.astype(prefix.values.dtype),
+        valid=jnp.pad(valid, ((0, 0), (0, room))),
+        next_position=next_position,
+        boundary=boundary.astype(prefix.boundary.dtype),
         seed=seeds,
         seen=seen,
     )
@@ -223,24 +259,22 @@ def fill(
         "active": jnp.ones((rows, columns), bool),
         "index": first,
         "age": jnp.zeros_like(first),
-        "hidden": spread(boundary),
+        "hidden": spread(arrived.boundary),
         "seen": spread(seen) if seen is not None else None,
-        "tokens": jnp.full((rows, *state.tokens.shape[1:]), pad, jnp.int32),
-        "log_probs": jnp.zeros((rows, *state.log_probs.shape[1:]), jnp.float32),
+        "tokens": jnp.full((rows, *own["tokens"].shape[1:]), pad, jnp.int32),
+        "log_probs": jnp.zeros((rows, *own["log_probs"].shape[1:]), jnp.float32),
     }
-    prefix = _put(prefix, new_prefix, slot, model.kernels.mesh)
-    own = {name: getattr(state, name) for name in started}
-    state = dataclasses.replace(state, **_put(own, started, slot, model.kernels.mesh))
-    return _split((prefix, state), model.kernels.mesh)
+    return _split(_put((prefix, own), (arrived, started), slot, mesh), mesh)
 
 
 def _put(old: Any, new: Any, slot: Int[Array, " F"], mesh: Mesh | None) -> Any:
-    """Rows of `new` into the slots of `old`; see `fill`."""
+    """Rows of `new` into the slots of `old`; see `fill`. Caches may be shorter than there is room
+    for: what lies behind is not valid, and stays."""
 
     def run(old: Any, new: Any, slot: Array) -> Any:
         def one(path: Any, x: Array, rows: Array) -> Array:
             if _is_cache(path):
-                return x.at[:, slot].set(rows, mode="drop")
+                return x.at[:, slot, :, : rows.shape[3]].set(rows, mode="drop")
             return x.at[slot].set(rows, mode="drop")
 
         return jax.tree_util.tree_map_with_path(one, old, new)
@@ -263,16 +297,18 @@ def decode(
     state: Columns,
     vocabulary: Vocabulary,
     free: Int[Array, ""],
+    each: Int[Array, ""],
     sampling: Sampling,
 ) -> Columns:
-    """Step until all is done, or the ring is full, or every device has `free` free slots."""
+    """Step until all is done, or the ring is full, or `free` slots are free, of which at most
+    `each` of a device count."""
     model = nnx.merge(graph, params)
     shards = 1 if model.kernels.mesh is None else batch_shards(model.kernels.mesh)
     ring = state.keys.shape[4]
 
     def goes_on(state: Columns) -> Bool[Array, ""]:
         idle = ~state.active.any(1)
-        enough = (idle.reshape(shards, -1).sum(1) >= free).all()
+        enough = jnp.minimum(idle.reshape(shards, -1).sum(1), each).sum() >= free
         return state.active.any() & (state.age.max() < ring) & ~enough
 
     def step(state: Columns) -> Columns:

@@ -38,10 +38,19 @@ class Schedule:
     columns: int | None = None
     """Completions of a prompt that decode at once, the others follow as these end; None = all."""
     refill: int | None = None
-    """Prompts that are run together when as many slots are free; None = a quarter of the slots."""
+    """Prompts that are run together when as many slots are free; None = a quarter of the slots, or
+    all at once if every prompt has a slot."""
     rings: tuple[int, ...] = ()
     """Cache lengths, in tokens, that a completion grows through up to `max_new_tokens`. Each one
-    used costs a compilation."""
+    used costs a compilation of the decoding loop."""
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "columns", "refill"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or null, got {value}")
+        if min(self.rings, default=1) < 1:
+            raise ValueError(f"rings must be at least 1, got {list(self.rings)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +83,12 @@ def generate(
 ) -> Completions:
     """Complete each of N = len(seeds) prompts G times.
 
-    load: called with at most `schedule.refill` numbers below N at a time, each number once but for
-    filling rows. seeds: one uint32 per prompt; with the completion's index in the group it decides
-    all randomness. prompt_tokens: P, the padded size that holds every prompt.
+    load: called with exactly `schedule.refill` numbers below N at a time (rounded up to the devices
+    that rows are split over), each number once but for repeats of one that fill up. seeds: one
+    uint32 per prompt; with the completion's index in the group it decides all randomness.
+    prompt_tokens: P, the padded size that holds every prompt.
 
-    Raises ValueError for a schedule that cannot work.
+    Raises ValueError if there is no prompt, or if what `load` gives does not fit.
     """
     plan = _Plan.of(schedule or Schedule(), len(seeds), sampling, nnx.merge(graph, params))
     shape = (len(seeds), sampling.group, sampling.max_new_tokens)
@@ -109,12 +119,14 @@ def generate(
             numbers, local, slots = plan.assign(serves < 0, queue)
             serves[slots] = np.asarray(numbers)[local >= 0]
             queue = queue[len(slots) :]
+            prompts = load(numbers)
+            _check(prompts, plan, prompt_tokens)
             prefix, state = fill(
                 graph,
                 params,
                 prefix,
                 state,
-                load(numbers),
+                prompts,
                 jax.device_put(np.where(local < 0, plan.slots, local).astype(np.int32), where),
                 jax.device_put(seeds[numbers], where),
                 vocabulary.pad,
@@ -125,14 +137,25 @@ def generate(
         ring = plan.ring(int(age[active].max(initial=0)), state.keys.shape[4])
         if ring != state.keys.shape[4]:
             state = resize(state, ring=ring, mesh=plan.mesh)
-        free = np.int32(plan.wanted(len(queue)))
-        state = decode(graph, params, prefix, state, vocabulary, free, sampling=sampling)
+        free, each = np.int32(plan.wanted(len(queue))), np.int32(plan.refill // plan.shards)
+        state = decode(graph, params, prefix, state, vocabulary, free, each, sampling=sampling)
     # A token belongs to the completion unless a stop token came before it.
     stops = np.asarray(to_host(vocabulary.stop))[tokens]
     mask = np.cumsum(stops, axis=-1) - stops == 0
     steps, drawn = map(int, to_host((state.clock, state.drawn)))
     stopped, occupancy = np.asarray(stops.any(-1)), drawn / (steps * active.size)
     return Completions(tokens, log_probs, mask, stopped, steps, occupancy)
+
+
+def _check(prompts: Prompts, plan: _Plan, prompt_tokens: int) -> None:
+    rows, size = prompts.tokens.shape
+    if rows != plan.refill:
+        raise ValueError(
+            f"prompts were loaded in {rows} rows where {plan.refill} were asked for: is the model "
+            "on another mesh than the prompts?"
+        )
+    if size > prompt_tokens:
+        raise ValueError(f"prompts of {size} tokens do not fit prompt_tokens = {prompt_tokens}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +173,6 @@ class _Plan:
 
     @classmethod
     def of(cls, schedule: Schedule, count: int, sampling: Sampling, model: Qwen3VL) -> _Plan:
-        for name in ("slots", "columns", "refill"):
-            value = getattr(schedule, name)
-            if value is not None and value < 1:
-                raise ValueError(f"rollout.{name} must be at least 1 or null, got {value}")
         if count < 1:
             raise ValueError("there is no prompt to complete")
         mesh = model.kernels.mesh
@@ -162,11 +181,13 @@ class _Plan:
         slots = up(schedule.slots or count)
         refill = up(schedule.refill or (slots if slots >= count else slots // 4 or 1))
         limit = sampling.max_new_tokens
+        # The decode kernel wants whole tiles; a ring may be longer than any completion.
+        rings = {-(-r // 8) * 8 for r in (*schedule.rings, limit) if r <= limit}
         return cls(
             slots,
             min(schedule.columns or sampling.group, sampling.group),
             min(refill, slots),
-            (*(r for r in sorted(schedule.rings) if r < limit), limit),
+            tuple(sorted(rings)),
             shards,
             mesh,
             model.config.text,
@@ -174,14 +195,17 @@ class _Plan:
         )
 
     def wanted(self, waiting: int) -> int:
-        """Free slots on every device at which decoding pauses; more than there are = never."""
+        """Free slots at which decoding pauses to fill them; more than there are = never.
+
+        Several devices wait for half of them only: one with a long completion would hold up all.
+        """
         if not waiting:
             return self.slots + 1
-        return -(-min(self.refill, waiting) // self.shards)
+        return min(self.refill if self.shards == 1 else -(-self.refill // 2), waiting)
 
     def may_fill(self, free: np.ndarray, waiting: int) -> bool:
         by_device = free.reshape(self.shards, -1).sum(1)
-        return bool(by_device.min() >= self.wanted(waiting))
+        return int(np.minimum(by_device, self.refill // self.shards).sum()) >= self.wanted(waiting)
 
     def assign(
         self, free: np.ndarray, queue: Sequence[int]
@@ -191,7 +215,7 @@ class _Plan:
         own, each = self.slots // self.shards, self.refill // self.shards
         local, numbers, left = np.full(self.refill, -1), [queue[-1]] * self.refill, list(queue)
         for device, places in enumerate(free.reshape(self.shards, own)):
-            for i, place in enumerate(np.flatnonzero(places)[: self.wanted(len(queue))]):
+            for i, place in enumerate(np.flatnonzero(places)[:each]):
                 if left:
                     local[device * each + i] = place
                     numbers[device * each + i] = left.pop(0)

@@ -298,7 +298,7 @@ def tail(runs: int) -> None:
     rings = (32, 64, 128)
     cases = {
         "batches of 8 prompts, no refill": None,
-        "all 48 prompts at once": Schedule(),
+        "all 48 prompts at once": Schedule(rings=rings),
         "8 slots": Schedule(slots=8, refill=1, rings=rings),
         "16 slots of 4 columns": Schedule(slots=16, columns=4, refill=2, rings=rings),
         "32 slots of 2 columns": Schedule(slots=32, columns=2, refill=4, rings=rings),
@@ -311,11 +311,8 @@ def tail(runs: int) -> None:
             picked = dataclasses.replace(prompts, positions=prompts.tokens)
             picked = jax.tree.map(lambda x, rows=rows: x[rows], picked)
             picked = dataclasses.replace(picked, positions=prompts.positions[:, rows])
-            out.append(
-                generate(
-                    graph, params, lambda _, p=picked: p, rows, 256, words, sampling, Schedule()
-                )
-            )
+            alone, load = Schedule(rings=rings), lambda _, p=picked: p
+            out.append(generate(graph, params, load, rows, 256, words, sampling, alone))
         return out
 
     functions = {
@@ -342,41 +339,40 @@ def tail(runs: int) -> None:
 
 
 def flops() -> None:
-    """Matrix-product FLOPs of the update from its jaxpr over the ideal, at Qwen3-VL-2B's sizes.
+    print(f"{'P':>5} {'R':>4} {'G':>3} {'TFLOP':>8} {'ideal':>8} {'ratio':>6} {'repeated':>9}")
+    for prompt, length, group in ((1024, 32, 8), (2048, 64, 8), (2048, 128, 16), (8704, 1024, 8)):
+        ours, repeated, ideal = update_flops(prompt, length, group)
+        print(
+            f"{prompt:5} {length:4} {group:3} {ours / 1e12:8.2f} {ideal / 1e12:8.2f} "
+            f"{ours / ideal:6.3f} {repeated / ideal:8.2f}x"
+        )
+
+
+def update_flops(prompt: int, length: int, group: int) -> tuple[float, float, float]:
+    """Matrix-product FLOPs of one prompt's update at Qwen3-VL-2B's sizes: ours, with the prompt
+    repeated, and the ideal. The first two are counted on the jaxpr.
 
     The ideal: every weight matrix once for each token that passes it, attention over exactly the
     pairs that may see each other, three times (forward, both gradients); P + G R tokens and one
-    vision pass a prompt. Recomputation is left out on both sides.
+    vision pass a prompt. Recomputation is left out everywhere.
     """
     file = Path(__file__).parents[1] / "qwen3_vl" / "configs" / "config_2B.json"
     config = Qwen3VLConfig.from_hf(json.loads(file.read_text()))
     graph, params = nnx.split(abstract_model(config), nnx.Param)
     abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     allowed = jax.ShapeDtypeStruct((config.text.vocab_size,), bool)
-    print(f"{'P':>5} {'R':>4} {'G':>3} {'TFLOP':>8} {'ideal':>8} {'ratio':>6} {'repeated':>9}")
+    batch = abstract(make_batch(make_prompts(config, prompt, 1), group, length))
+    run = lambda p, b, a: gradient(graph, a, dtype=jnp.bfloat16)(p, b)
     plain = jax.checkpoint
-    for prompt, length, group in ((1024, 32, 8), (2048, 64, 8), (2048, 128, 16), (8704, 1024, 8)):
-        prompts = make_prompts(config, prompt, 1)
-        batch = abstract(make_batch(prompts, group, length))
-        counted = []
-        for own in (batch, jax.eval_shape(repeated_batch, batch)):
-            jax.checkpoint = lambda f, **_: f  # "before remat": nothing is computed twice
-            try:
-                counted.append(
-                    matmul_flops(
-                        lambda p, b, a: gradient(graph, a, dtype=jnp.bfloat16)(p, b),
-                        abstract(params),
-                        own,
-                        allowed,
-                    )
-                )
-            finally:
-                jax.checkpoint = plain
-        ideal = ideal_update_flops(config, prompt, length, group)
-        print(
-            f"{prompt:5} {length:4} {group:3} {counted[0] / 1e12:8.2f} {ideal / 1e12:8.2f} "
-            f"{counted[0] / ideal:6.3f} {counted[1] / ideal:8.2f}x"
+    jax.checkpoint = lambda f, **_: f  # nothing is computed twice
+    try:
+        ours, repeated = (
+            matmul_flops(run, abstract(params), own, allowed)
+            for own in (batch, jax.eval_shape(repeated_batch, batch))
         )
+    finally:
+        jax.checkpoint = plain
+    return ours, repeated, ideal_update_flops(config, prompt, length, group)
 
 
 def ideal_update_flops(config: Qwen3VLConfig, prompt: int, length: int, group: int) -> float:

@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding
 
 from p2r_jax.ops.kernels import Kernels
 from p2r_jax.parallel.mesh import make_mesh
+from p2r_jax.qwen3_vl.hf import abstract_model
+from tests.small_model import CONFIG
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -88,7 +90,15 @@ def test_an_unknown_implementation_is_refused():
         Kernels("cudnn")
 
 
-def test_heads_that_the_mesh_cannot_split_are_refused():
-    kernels = Kernels("pallas_tpu", make_mesh(1, 1, 8), interpret=True)
-    with pytest.raises(ValueError, match=r"mesh.tensor = 8 does not divide the 2 heads"):
-        kernels.causal(*CALLS["causal"])
+def test_heads_that_the_mesh_cannot_split_are_refused_before_anything_is_loaded():
+    kernels = Kernels("pallas_tpu", make_mesh(1, 1, 8))
+    with pytest.raises(ValueError, match="tensor = 8 does not divide num_key_value_heads = 2"):
+        abstract_model(CONFIG, kernels)
+    abstract_model(CONFIG, Kernels("xla", make_mesh(1, 1, 8)))
+
+
+def test_rows_that_the_mesh_cannot_split_are_computed_everywhere(reference):
+    kernels = Kernels("pallas_tpu", make_mesh(2, 2, 2), interpret=True)
+    q, k, v, valid = (x[:1] for x in CALLS["causal"])
+    out = jax.jit(kernels.causal)(q, k, v, valid)
+    np.testing.assert_allclose(out, reference["causal"][:1], atol=2e-5)

@@ -21,7 +21,7 @@ import transformers
 from flax import nnx
 from rich.console import Console
 
-from p2r_jax.config import LossConfig, MeshConfig, PhaseConfig
+from p2r_jax.config import LossConfig, MeshConfig, PhaseConfig, RolloutConfig
 from p2r_jax.data.loader import LoadedRow
 from p2r_jax.parallel.mesh import make_mesh
 from p2r_jax.qwen3_vl import load_pretrained
@@ -78,13 +78,13 @@ def _small_world(quick_compilation, tmp_path_factory):
 class Run:
     """A run that went through, and the weights each step used."""
 
-    def __init__(self, folder: Path, model: Path):
+    def __init__(self, folder: Path, model: Path, **changes):
         self.folder = folder
         self.weights: list[tuple[str, int, int]] = []
         with pytest.MonkeyPatch.context() as patch:
             for role, collect in experience.COLLECT.items():
                 patch.setitem(experience.COLLECT, role, self.watched(role, collect))
-            self.summary = launch.train(make_config(folder, model))
+            self.summary = launch.train(make_config(folder, model, **changes))
         self.rows = metric_rows(folder)
         self.steps = [row for row in self.rows if row["phase"] != "eval"]
 
@@ -408,12 +408,30 @@ class TestTheDemosSettings:
         assert whole == killed
 
 
+def test_a_queue_of_prompts_changes_no_completion(whole, tmp_path, tiny_checkpoint):
+    """Fewer slots than prompts, one column of each: the same run, in other steps of decoding."""
+    queue = RolloutConfig(slots=2, columns=1, refill=1, greedy_slots=2)
+    queued = Run(tmp_path / "run", tiny_checkpoint, rollout=queue)
+    for ours, theirs in zip(queued.steps, whole.steps, strict=True):
+        for name in ("reward/mean", "completion/length_mean", "tokens/completions"):
+            assert ours[name] == theirs[name]
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], abs=1e-5)
+        assert ours["rollout/steps"] > theirs["rollout/steps"]
+        assert 0 < ours["rollout/occupancy"] <= 1
+
+
 class TestResumingWithOtherSettings:
     def test_is_refused_with_the_names_of_the_settings(self, whole, tiny_checkpoint):
         config = make_config(whole.folder, tiny_checkpoint, seed=1)
         config.optimizer.learning_rate = 0.5
         with pytest.raises(ValueError, match=r"started with other settings \(seed, optimizer\)"):
             launch.train(config)
+
+    def test_how_fast_and_on_what_may_change(self, whole, tiny_checkpoint):
+        """A run that was out of memory goes on with fewer slots, and on another mesh."""
+        config = make_config(whole.folder, tiny_checkpoint, rollout=RolloutConfig(slots=2))
+        config.model.kernels, config.mesh.fsdp = "xla", 8
+        launch._check_same_config(config, Path(config.run))
 
     def test_a_run_that_never_started_may_be_corrected(self, tmp_path, tiny_checkpoint):
         """A mistake in the settings must not make the folder unusable for the corrected ones."""

@@ -14,6 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from p2r_jax.data.visual_search import VisualSearch
+from p2r_jax.parallel.mesh import make_mesh
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.pipeline import Completion, Pipeline, default_buckets, perceive_and_reason
@@ -175,6 +176,52 @@ def test_default_buckets_hold_four_images_of_the_budget(processor):
     for sizes in dataclasses.astuple(buckets):
         assert sizes[0] == 64
         assert all(small < large <= 2 * small for small, large in itertools.pairwise(sizes))
+
+
+# --- sample -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def asked(pipeline, image):
+    """Three requests about two pictures."""
+    images = two_pictures(pipeline, image)
+    questions = [(0, "red?"), (1, "which of the blue tiles is it?"), (1, "red?")]
+    return images, [pipeline.builder.plain("perceiver", images, *q, "mca") for q in questions]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Schedule(slots=8), Schedule(slots=2), Schedule(slots=1, columns=1), Schedule(refill=2)],
+)
+def test_a_schedule_changes_neither_prompts_nor_completions(model, pipeline, asked, schedule):
+    """More slots than prompts, fewer, and prompts that come in two batches."""
+    params, (images, requests) = nnx.split(model)[1], asked
+    sampling, seeds = Sampling(6, group=2), [5, 6, 7]
+    once = pipeline.sample(params, requests, images, sampling, seeds)
+    other = pipeline.sample(params, requests, images, sampling, seeds, schedule)
+    assert other.outputs == once.outputs
+    assert len({output.tokens for group in once.outputs for output in group}) > 3
+    np.testing.assert_array_equal(other.prompts.tokens, once.prompts.tokens)
+
+
+def test_prompts_and_completions_of_a_mesh_have_filling_rows_and_none(
+    tiny_checkpoint, pipeline, asked
+):
+    """Three requests on two devices: the update gets four rows of prompts."""
+    mesh = make_mesh(2, 1, 1, jax.devices()[:2])
+    graph, params = nnx.split(load_pretrained(tiny_checkpoint, mesh, "float32"))
+    builder = pipeline.builder
+    here = Pipeline.create(
+        graph, builder.processor, builder.prompts, builder.buckets, mesh, Schedule(2)
+    )
+    images, requests = asked
+    images = ImageStore(*jax.device_put((images.pixels, images.sizes)), images.shapes)
+    sampling = Sampling(6, group=2)
+    out = here.sample(params, requests, images, sampling, [5, 6, 7])
+    queued = here.sample(params, requests, images, sampling, [5, 6, 7], Schedule(slots=2))
+    assert out.prompts.tokens.shape[0] == 4
+    assert out.completions.tokens.shape[:2] == (3, 2)
+    assert queued.outputs == out.outputs
 
 
 # --- complete ---------------------------------------------------------------------------------
