@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.compile_update --size 2B --chips v5e:4x4 --prompts 16
 
-Takes minutes, and no accelerator; libtpu must be installed (`pip install 'p2r_jax[tpu]'`).
+Takes minutes and no accelerator. The compiler comes with `make test`, or from libtpu.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tests.compilers import FOLDER
+
 os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.append(str(FOLDER))
 
 import jax
 import jax.numpy as jnp

@@ -227,7 +227,7 @@ def best_of(functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, flo
 # --- the tables -------------------------------------------------------------------------------
 
 
-def grid(cells: Sequence[tuple[int, int, int]], rows: int, runs: int) -> None:
+def grid(cells: Sequence[tuple[int, ...]], rows: int, runs: int, remat: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         config = transformers.Qwen3VLConfig(**CONFIG)
@@ -235,7 +235,7 @@ def grid(cells: Sequence[tuple[int, int, int]], rows: int, runs: int) -> None:
         theirs.save_pretrained(folder)
         ours = load_pretrained(folder, dtype="float32")
     graph, params = nnx.split(ours, nnx.Param)
-    step = gradient(graph, endless(VOCABULARY).allowed)
+    step = gradient(graph, endless(VOCABULARY).allowed, remat)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, {rows} prompts, seconds")
     print("    P    R   G |   engine  rollout   copies generate |   update repeated   ")
     for prompt, length, group in cells:
@@ -462,6 +462,7 @@ def main() -> None:
     parser.add_argument("--tail", action="store_true")
     parser.add_argument("--flops", action="store_true")
     parser.add_argument("--tunix", metavar="PYTHON", help="of an environment with google-tunix")
+    parser.add_argument("--remat", action="store_true", help="in updates: P 2048 needs 24 GiB else")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=1)
     args = parser.parse_args()
@@ -479,7 +480,7 @@ def main() -> None:
         cells = [(p, r, g) for p in (256, 1024, 2048) for r in (32, 128) for g in (4, 8, 16)]
         quick = [(1024, 32, 8), (1024, 32, 16)]
         chosen = [tuple(map(int, cell.split(","))) for cell in args.cells or ()]
-        grid(chosen or (quick if args.quick else cells), args.prompts, args.runs)
+        grid(chosen or (quick if args.quick else cells), args.prompts, args.runs, args.remat)
 
 
 if __name__ == "__main__":

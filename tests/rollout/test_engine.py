@@ -316,6 +316,30 @@ def test_the_tpu_kernels_draw_the_same_completions(model, sampled, mesh):
         assert_same(out, row, sampled, row, group=2)
 
 
+def test_nothing_is_compiled_twice_on_a_mesh(on_mesh):
+    """A layout that changed on its way through the programs would compile them again."""
+    graph, params, mesh = on_mesh
+    words = jax.device_put(vocabulary(), replicated(mesh))
+    rows = batch_sharding(mesh)
+    by_axis = jax.NamedSharding(mesh, jax.P(None, *rows.spec))
+
+    def load(numbers):
+        prompts = make_prompts([NAMES[i % B] for i in numbers])
+        split = dataclasses.replace(jax.tree.map(lambda _: rows, prompts), positions=by_axis)
+        return jax.device_put(prompts, split)
+
+    def run(count):
+        schedule, seeds = Schedule(slots=4, refill=4), list(range(count))
+        generate(graph, params, load, seeds, PROMPT_TOKENS, words, SAMPLING, schedule)
+
+    run(9)
+    counted = Compilations()
+    run(5)
+    run(12)
+    counted.close()
+    assert counted.count == 0
+
+
 def test_caches_stay_where_they_are(on_mesh):
     """Rows over data and fsdp, heads over tensor, before and after every program."""
     graph, params, mesh = on_mesh
