@@ -441,6 +441,15 @@ class TestSchedule:
         for row in range(3):
             assert_same(out, row, whole, row)
 
+    def test_a_ring_that_grows_keeps_what_belongs_to_younger_completions(self, model):
+        """Of one age, a full ring may be turned unnoticed; these have stopped and begun apart."""
+        sampling = dataclasses.replace(SAMPLING, max_new_tokens=20)
+        schedule = Schedule(slots=2, columns=3, refill=1, rings=(8, 16))
+        whole = complete(model, self.NAMES, sampling, seeds=self.SEEDS)
+        out = complete(model, self.NAMES, sampling, seeds=self.SEEDS, schedule=schedule)
+        for row in range(len(self.NAMES)):
+            assert_same(out, row, whole, row)
+
     def test_each_program_is_compiled_once(self, model):
         """Whatever the number of prompts, and whatever they do."""
         schedule = Schedule(slots=3, refill=2)
