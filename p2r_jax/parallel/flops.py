@@ -74,7 +74,7 @@ def _count(jaxpr: Jaxpr, trips: int | None, kernel_flops: KernelFlops | None) ->
         elif name == "pallas_call":
             total[f"{name} {_kernel_name(eqn)}"] += _kernel(eqn, kernel_flops)
         elif name.startswith("ragged_dot"):
-            raise NotImplementedError(f"FLOPs of {name}: depend on the group sizes")
+            raise ValueError(f"{name} cannot be counted: its FLOPs depend on group sizes (data)")
         else:
             inner = [_count(j, trips, kernel_flops) for j in jaxprs_in_params(eqn.params)]
             if name == "cond":

@@ -13,11 +13,13 @@ from p2r_jax.parallel.mesh import (
     RULES,
     batch_sharding,
     batch_shards,
+    for_decoding,
     make_mesh,
     parameter_shardings,
     partition_spec,
     replicated,
 )
+from tests.small_model import make_model
 
 
 class TestMakeMesh:
@@ -112,3 +114,12 @@ class TestPlacement:
         x = jax.device_put(jnp.zeros(3), replicated(make_mesh(**self.MESH)))
         assert x.is_fully_replicated
         assert len(x.addressable_shards) == 8
+
+
+def test_weights_for_decoding_are_split_over_tensor_only():
+    """Split over fsdp, every decoding step would gather them."""
+    _, params = make_model()
+    mesh = make_mesh(1, 4, 2)
+    specs = {name for s in jax.tree.leaves(for_decoding(params, mesh)) for name in s.spec}
+    assert specs == {None, "tensor"}
+    assert for_decoding(params, None) is None
