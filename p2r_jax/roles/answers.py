@@ -1,4 +1,4 @@
-"""Grading: from a completion and a ground truth to a reward in {0, 1}.
+"""Grading: from completions and ground truths to rewards in {0, 1}.
 
 Bad model output is wrong (0). What cannot be graded is None: the sample is dropped from the loss
 and counted, never scored 0 in silence. The defaults are the training rule; evaluation passes
@@ -7,17 +7,19 @@ and counted, never scored 0 in silence. The defaults are the training rule; eval
     answer form   ground truth   graded by
     mca           option letter  `choice_reward`
     na            number         `number_reward` (math-verify)
-    free_form     text           a verifier, usually another language model
+    free_form     text           a verifier, usually another language model (`roles.verifiers`)
+
+`grade` is for one process; `roles.grading.Grader` shares the work among several.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import string
 import threading
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
@@ -34,11 +36,47 @@ _SCIENTIFIC = re.compile(r"(?<=\d)[eE]([+-]?\d{1,3})\b")
 _GRADING_SECONDS = 2  # math-verify's own limit, for answers like 9**9**9**9
 
 
-class Verifier(Protocol):
-    """Judges a free-form answer. May raise; the call is then repeated."""
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A completion, and what is needed to grade it."""
 
-    def __call__(self, question: str, answer: str, response: str) -> bool:
-        """Whether `response`, the model's extracted answer, means the same as the true `answer`."""
+    response: str
+    """The whole completion."""
+    ground_truth: str
+    answer_form: str
+    """`mca`, `na` or `free_form`."""
+    question: str = ""
+    """With its options; for a verifier."""
+    letters: str = TRAINING_LETTERS
+    """The options there are, for `mca`; see `choice_reward`."""
+    require_tag: bool = False
+    """An answer outside `<answer>…</answer>` is wrong; for evaluation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """What a verifier judges."""
+
+    question: str
+    answer: str
+    """The true one."""
+    response: str
+    """The model's answer, without what it wrote around it."""
+
+
+class Verifier(Protocol):
+    """Judges free-form answers, many at a time."""
+
+    collective: bool
+    """Whether a judgement is a computation of all processes: each must then ask the same queries.
+    Otherwise a process may ask about its share alone."""
+
+    def __call__(self, queries: Sequence[Query]) -> list[bool | None]:
+        """Whether each response means the same as the true answer, in order.
+
+        None: could not be judged, even when asked again. Whatever stands behind a verifier and
+        fails (a server, a function) leads to None, never to an exception.
+        """
         ...
 
 
@@ -158,60 +196,66 @@ def require_verifier(answer_forms: Iterable[str], verifier: Verifier | None) -> 
         )
 
 
-def answer_reward(
-    response: str,
-    ground_truth: str,
-    answer_form: str,
-    verifier: Verifier | None = None,
-    *,
-    question: str = "",
-    require_tag: bool = False,
-    letters: str = TRAINING_LETTERS,
-    attempts: int = 3,
-    retry_wait_seconds: float = 2.0,
-) -> float | None:
-    """The reward of a completion, by the form its answer should have.
+def grade(answers: Sequence[Answer], verifier: Verifier | None) -> list[float | None]:
+    """The reward of each answer, by the form it should have.
 
-    Args:
-      response: the whole completion.
-      ground_truth: the right answer.
-      answer_form: `mca`, `na` or `free_form`.
-      verifier, question: needed for `free_form` only.
-      require_tag: an answer outside `<answer>…</answer>` is wrong; for evaluation.
-      letters: the options there are, for `mca`; see `choice_reward`.
-      attempts, retry_wait_seconds: how often a failing verifier is asked, and the pause after the
-        first failure; it doubles each time.
+    The verifier is called once, about all free-form answers, and equal queries are asked once. It
+    is not asked about answers that are wrong for want of a tag.
 
     Returns:
-      1.0 or 0.0, or None if it could not be graded: drop the sample and count it.
+      1.0 or 0.0 each, or None if it could not be graded: drop the sample and count it.
 
     Raises:
       ValueError: see `require_verifier`.
+      TypeError: see `settle`.
     """
-    require_verifier([answer_form], verifier)
-    if answer_form == "mca":
-        return choice_reward(response, ground_truth, letters=letters, require_tag=require_tag)
-    if answer_form == "na":
-        return number_reward(response, ground_truth, require_tag=require_tag)
+    require_verifier({answer.answer_form for answer in answers}, verifier)
+    units = [unit(answer) for answer in answers]
+    distinct = list(dict.fromkeys(units))
+    grades = dict(zip(distinct, settle(distinct, verifier), strict=True))
+    return [grades[own] for own in units]
 
-    if require_tag and not has_answer_tag(response):
-        return 0.0
-    assert verifier is not None  # by require_verifier
-    answer = extract_answer(response)
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(retry_wait_seconds * 2 ** (attempt - 1))
-        try:
-            verdict = verifier(question, ground_truth, answer)
-        except Exception as error:
-            logger.warning("verifier failed (%d of %d): %r", attempt + 1, attempts, error)
-            continue
-        if isinstance(verdict, bool):
-            return float(verdict)
-        logger.warning(
-            "verifier returned %r, not a bool (%d of %d)", verdict, attempt + 1, attempts
-        )
-    return None
+
+def unit(answer: Answer) -> Answer | Query:
+    """What has to be settled: the query if a verifier is needed, else the answer itself. Answers
+    with equal units get equal grades, whatever was written around them."""
+    untagged = answer.require_tag and not has_answer_tag(answer.response)
+    if answer.answer_form != "free_form" or untagged:
+        return answer
+    return Query(answer.question, answer.ground_truth, extract_answer(answer.response))
+
+
+def settle(units: Sequence[Answer | Query], verifier: Verifier | None) -> list[float | None]:
+    """The grade of each of several distinct `unit`s, in order.
+
+    Raises TypeError if the verifier returns anything but one bool or None for each query, which is
+    a fault of its code and would otherwise pass for a judgement.
+    """
+    queries = [u for u in units if isinstance(u, Query)]
+    verdicts: list[bool | None] = []
+    if queries:
+        assert verifier is not None  # by require_verifier
+        verdicts = verifier(queries)
+        if len(verdicts) != len(queries):
+            raise TypeError(f"the verifier returned {len(verdicts)} for {len(queries)} queries")
+        for verdict in verdicts:
+            if verdict is not None and not isinstance(verdict, bool):
+                raise TypeError(f"the verifier returned {verdict!r}, neither a bool nor None")
+    judged = dict(zip(queries, verdicts, strict=True))
+    return [_by_rule(u) if isinstance(u, Answer) else _as_grade(judged[u]) for u in units]
+
+
+def _by_rule(answer: Answer) -> float | None:
+    response, truth, tag = answer.response, answer.ground_truth, answer.require_tag
+    if answer.answer_form == "mca":
+        return choice_reward(response, truth, letters=answer.letters, require_tag=tag)
+    if answer.answer_form == "na":
+        return number_reward(response, truth, require_tag=tag)
+    return 0.0  # free text that misses its tag; see `unit`
+
+
+def _as_grade(verdict: bool | None) -> float | None:
+    return None if verdict is None else float(verdict)
 
 
 def _tagged_answer(response: str) -> str | None:

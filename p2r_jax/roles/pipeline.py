@@ -25,7 +25,7 @@ from p2r_jax.roles.boxes import Box, ParsedBoxes, parse_response
 from p2r_jax.roles.evidence import Evidence, gather_evidence
 from p2r_jax.roles.prompts import PromptSet, load_prompt_set
 from p2r_jax.roles.requests import Buckets, ImageStore, Request, RequestBuilder, fit
-from p2r_jax.rollout.generate import Completions, Schedule, generate
+from p2r_jax.rollout.generate import Completions, Schedule, Stage, generate, untimed
 from p2r_jax.rollout.sampling import Sampling, Vocabulary
 
 
@@ -88,11 +88,13 @@ class Pipeline:
         sampling: Sampling,
         seeds: Sequence[int] | np.ndarray,
         schedule: Schedule | None = None,
+        stage: Stage = untimed,
     ) -> Rollout:
         """G completions of each request; seeds: one per request. schedule: default, all at once."""
-        prompts = self.builder.collate(requests, images)
+        with stage("encode"):
+            prompts = self.builder.collate(requests, images)
         completions = self._generate(
-            params, requests, images, sampling, seeds, schedule or Schedule(), prompts
+            params, requests, images, sampling, seeds, schedule or Schedule(), prompts, stage
         )
         return Rollout(prompts, completions, self._outputs(completions))
 
@@ -139,6 +141,7 @@ class Pipeline:
         seeds: Sequence[int] | np.ndarray,
         schedule: Schedule,
         collated: Prompts | None = None,
+        stage: Stage = untimed,
     ) -> Completions:
         """collated: the requests as a batch, if there is one already."""
 
@@ -153,7 +156,7 @@ class Pipeline:
 
         return generate(
             self.graph, params, load, seeds, self._bucket(requests), self.vocabulary, sampling,
-            schedule,
+            schedule, stage,
         )  # fmt: skip
 
     def _bucket(self, requests: Sequence[Request]) -> int:

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from p2r_jax.config import BucketConfig
 from p2r_jax.ops.image import Views, render_patches
 from p2r_jax.parallel.mesh import batch_sharding, batch_shards, replicated
+from p2r_jax.parallel.multihost import put
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
+from p2r_jax.qwen3_vl.positions import Grid
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.evidence import View, gather_evidence, plain_view
@@ -33,6 +36,7 @@ class Request:
     image: int
     """Index into the batch's uploaded images."""
     views: tuple[View, ...]
+    """() for a request of text alone."""
     has_evidence: bool = True
 
 
@@ -95,7 +99,12 @@ class ImageStore:
             pixels[i, : image.shape[0], : image.shape[1]] = image
         where = replicated(mesh) if mesh is not None else None
         sizes = np.asarray(shapes, np.int32)
-        return cls(jax.device_put(pixels, where), jax.device_put(sizes, where), shapes)
+        return cls(put(pixels, where), put(sizes, where), shapes)
+
+    @classmethod
+    def empty(cls) -> ImageStore:
+        """No image, for requests of text alone."""
+        return cls(jnp.zeros((0, 1, 1, 3), jnp.uint8), jnp.zeros((0, 2), jnp.int32), ())
 
 
 class RequestBuilder:
@@ -128,6 +137,13 @@ class RequestBuilder:
         evidence = gather_evidence(*images.shapes[image], boxes, self.processor.sizes)
         return self._build("reasoner", image, evidence.views, question, answer_form, evidence.found)
 
+    def text(self, text: str) -> Request:
+        """A request without any image: one user turn. Raises ValueError for a text that spells an
+        image placeholder."""
+        content = [{"type": "text", "text": text}]
+        tokens = self.processor.encode([{"role": "user", "content": content}], [])
+        return Request(tokens, 0, ())
+
     def _build(
         self,
         role: Role,
@@ -151,16 +167,37 @@ class RequestBuilder:
 
     def collate(self, requests: Sequence[Request], images: ImageStore) -> Prompts:
         """One batch on the device; rows are filled up to a multiple of the mesh's batch shards
-        with copies of the last request."""
+        with copies of the last request. `patches` is None if no request has a view, so that the
+        vision tower does not run."""
         config, sizes = self.processor.config, self.processor.sizes
         shards = batch_shards(self.mesh) if self.mesh is not None else 1
         requests = [*requests, *[requests[-1]] * (-len(requests) % shards)]
         grids = [[sizes.grid(view.target) for view in r.views] for r in requests]
-        num_patches = fit(
-            self.buckets.patches, max(sum(h * w for h, w in g) for g in grids), "patches"
-        )
         num_tokens = fit(
             self.buckets.prompt_tokens, max(len(r.tokens) for r in requests), "prompt_tokens"
+        )
+        tokens = token_layout(
+            [r.tokens for r in requests], grids, config, num_tokens, self.processor.pad_id
+        )
+        if self.mesh is not None:
+            rows = batch_sharding(self.mesh)
+            by_axis = jax.sharding.NamedSharding(
+                self.mesh, jax.sharding.PartitionSpec(None, *rows.spec)
+            )
+            positions = put(tokens.pop("positions"), by_axis)
+            tokens = put(tokens, rows) | {"positions": positions}
+        else:
+            tokens = jax.device_put(tokens)
+        patches = self._patches(requests, grids, images) if any(grids) else None
+        return Prompts(patches=patches, **tokens)
+
+    def _patches(
+        self, requests: Sequence[Request], grids: Sequence[Sequence[Grid]], images: ImageStore
+    ) -> Patches:
+        """The patches of a batch, cut on the device. grids: of each request's views, in patches."""
+        config = self.processor.config
+        num_patches = fit(
+            self.buckets.patches, max(sum(h * w for h, w in g) for g in grids), "patches"
         )
         targets = [view.target for r in requests for view in r.views]
         canvas = tuple(
@@ -168,20 +205,8 @@ class RequestBuilder:
         )
         layout = patch_layout(grids, config, num_patches)
         slot = layout.pop("slot")
-        tokens = token_layout(
-            [r.tokens for r in requests], grids, config, num_tokens, self.processor.pad_id
-        )
-        views = _stack_views(requests)
-        if self.mesh is not None:
-            rows = batch_sharding(self.mesh)
-            by_axis = jax.sharding.NamedSharding(
-                self.mesh, jax.sharding.PartitionSpec(None, *rows.spec)
-            )
-            layout, slot, views = jax.device_put((layout, slot, views), rows)
-            positions = jax.device_put(tokens.pop("positions"), by_axis)
-            tokens = jax.device_put(tokens, rows) | {"positions": positions}
-        else:
-            layout, slot, views, tokens = jax.device_put((layout, slot, views, tokens))
+        where = batch_sharding(self.mesh) if self.mesh is not None else None
+        layout, slot, views = put((layout, slot, _stack_views(requests)), where)
         pixels = _render(
             images.pixels,
             images.sizes,
@@ -193,7 +218,7 @@ class RequestBuilder:
             temporal_patch_size=config.vision.temporal_patch_size,
             mesh=self.mesh,
         )
-        return Prompts(patches=Patches(pixels=pixels, **layout), **tokens)
+        return Patches(pixels=pixels, **layout)
 
 
 def _stack_views(requests: Sequence[Request]) -> Views:

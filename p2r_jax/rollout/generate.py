@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from p2r_jax.parallel.mesh import batch_sharding, batch_shards
-from p2r_jax.parallel.multihost import to_host
+from p2r_jax.parallel.multihost import put, to_host
 from p2r_jax.qwen3_vl.config import TextConfig
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import Qwen3VL
@@ -27,6 +28,14 @@ from p2r_jax.rollout.sampling import Sampling, Vocabulary
 
 Load = Callable[[Sequence[int]], Prompts]
 """The prompts of these numbers as one batch on the device, in this order."""
+
+Stage = Callable[[str], AbstractContextManager[Any]]
+"""Called with `encode`, `prefill` or `decode`; what it returns is entered while that runs."""
+
+
+def untimed(name: str) -> AbstractContextManager[Any]:
+    """The `Stage` of those who do not want to know."""
+    return nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +89,7 @@ def generate(
     vocabulary: Vocabulary,
     sampling: Sampling,
     schedule: Schedule | None = None,
+    stage: Stage = untimed,
 ) -> Completions:
     """Complete each of N = len(seeds) prompts G times.
 
@@ -119,26 +129,31 @@ def generate(
             numbers, local, slots = plan.assign(serves < 0, queue)
             serves[slots] = np.asarray(numbers)[local >= 0]
             queue = queue[len(slots) :]
-            prompts = load(numbers)
+            with stage("encode"):
+                prompts = jax.block_until_ready(load(numbers))
             _check(prompts, plan, prompt_tokens)
-            prefix, state = fill(
-                graph,
-                params,
-                prefix,
-                state,
-                prompts,
-                jax.device_put(np.where(local < 0, plan.slots, local).astype(np.int32), where),
-                jax.device_put(seeds[numbers], where),
-                vocabulary.pad,
-                sampling=sampling,
-            )
+            with stage("prefill"):
+                prefix, state = fill(
+                    graph,
+                    params,
+                    prefix,
+                    state,
+                    prompts,
+                    put(np.where(local < 0, plan.slots, local).astype(np.int32), where),
+                    put(seeds[numbers], where),
+                    vocabulary.pad,
+                    sampling=sampling,
+                )
+                jax.block_until_ready(prefix.boundary)
         if not (serves >= 0).any():
             break
         ring = plan.ring(int(age[active].max(initial=0)), state.keys.shape[4])
         if ring != state.keys.shape[4]:
             state = resize(state, ring=ring, mesh=plan.mesh)
         free, each = np.int32(plan.wanted(len(queue))), np.int32(plan.refill // plan.shards)
-        state = decode(graph, params, prefix, state, vocabulary, free, each, sampling=sampling)
+        with stage("decode"):
+            state = decode(graph, params, prefix, state, vocabulary, free, each, sampling=sampling)
+            jax.block_until_ready(state.clock)
     # A token belongs to the completion unless a stop token came before it.
     stops = np.asarray(to_host(vocabulary.stop))[tokens]
     mask = np.cumsum(stops, axis=-1) - stops == 0

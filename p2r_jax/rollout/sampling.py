@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from p2r_jax.ops.attention import MASKED
 from p2r_jax.ops.log_probs import masked_logits
 from p2r_jax.parallel.mesh import replicated
+from p2r_jax.parallel.multihost import put
 from p2r_jax.qwen3_vl.processor import Processor
 
 
@@ -84,7 +85,7 @@ class Vocabulary:
         stop = np.zeros(processor.config.text.vocab_size, bool)
         stop[list(processor.stop_ids)] = True
         values = (processor.allowed_tokens(), stop, np.int32(processor.pad_id))
-        return cls(*jax.device_put(values, replicated(mesh) if mesh is not None else None))
+        return cls(*put(values, replicated(mesh) if mesh is not None else None))
 
 
 def draw(

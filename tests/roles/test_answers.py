@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2r_jax.roles import answers as rewards
 from p2r_jax.roles.answers import (
-    answer_reward,
+    Answer,
+    Query,
     choice_letter,
     choice_reward,
     extract_answer,
+    grade,
     has_answer_tag,
     number_reward,
     require_verifier,
@@ -142,13 +143,13 @@ def test_whatever_the_answer_it_is_right_or_wrong(answer):
 def test_grading_numbers_outside_the_main_thread_is_refused_at_once():
     errors = []
 
-    def grade():
+    def in_thread():
         try:
             number_reward("42", "42")
         except RuntimeError as error:
             errors.append(str(error))
 
-    thread = threading.Thread(target=grade)
+    thread = threading.Thread(target=in_thread)
     thread.start()
     thread.join()
     assert len(errors) == 1
@@ -158,82 +159,103 @@ def test_grading_numbers_outside_the_main_thread_is_refused_at_once():
 # --- free text --------------------------------------------------------------------------------
 
 
-def ask(verifier, response="<answer>a red cup</answer>", **options):
-    return answer_reward(
-        response, "red mug", "free_form", verifier,
-        question="What is it?", retry_wait_seconds=0.0, **options,
-    )  # fmt: skip
+class Script:
+    """A verifier with a verdict for each response; keeps the queries of each call."""
+
+    collective = False
+
+    def __init__(self, **verdicts):
+        self.verdicts = verdicts
+        self.calls = []
+
+    def __call__(self, queries):
+        self.calls.append(list(queries))
+        return [self.verdicts.get(query.response) for query in queries]
 
 
-@pytest.mark.parametrize("verdict", [True, False])
-def test_a_verifier_judges_the_extracted_answer(verdict):
-    seen = []
-
-    def verifier(question, answer, response):
-        seen.append((question, answer, response))
-        return verdict
-
-    assert ask(verifier) == float(verdict)
-    assert seen == [("What is it?", "red mug", "a red cup")]
+def free(response, **options):
+    return Answer(response, "red mug", "free_form", "What is it?", **options)
 
 
-def failing(times):
-    calls = []
-
-    def verifier(question, answer, response):
-        calls.append(response)
-        if len(calls) <= times:
-            raise ConnectionError("no route")
-        return True
-
-    return verifier, calls
-
-
-def test_a_failing_verifier_is_asked_again():
-    verifier, calls = failing(times=2)
-    assert ask(verifier, attempts=3) == 1.0
-    assert len(calls) == 3
+def test_a_verifier_judges_the_extracted_answers_in_one_call():
+    verifier = Script(cup=True, dog=False)
+    answers = [
+        free("<think>a dog?</think><answer> cup </answer>"),
+        free("<answer>dog</answer>"),
+        free("cup"),
+    ]
+    assert grade(answers, verifier) == [1.0, 0.0, 1.0]
+    # The third is the same query as the first, however it was written.
+    expected = [Query("What is it?", "red mug", response) for response in ("cup", "dog")]
+    assert verifier.calls == [expected]
 
 
-def test_a_verifier_that_keeps_failing_drops_the_sample_instead_of_scoring_it_0():
-    verifier, calls = failing(times=99)
-    assert ask(verifier, attempts=3) is None
-    assert len(calls) == 3
+def test_queries_differ_by_question_and_truth_too():
+    verifier = Script(cup=True)
+    answers = [Answer("cup", truth, "free_form", q) for q in "ab" for truth in ("x", "y")]
+    assert grade(answers, verifier) == [1.0] * 4
+    assert len(verifier.calls[0]) == 4
 
 
-def test_a_verdict_that_is_not_a_bool_is_a_failure():
-    assert ask(lambda question, answer, response: "no") is None
-
-
-def test_retries_wait_longer_each_time(monkeypatch):
-    waits = []
-    monkeypatch.setattr(rewards.time, "sleep", waits.append)
-    verifier, _ = failing(times=99)
-    answer_reward("x", "y", "free_form", verifier, attempts=4, retry_wait_seconds=2.0)
-    assert waits == [2.0, 4.0, 8.0]
+def test_what_the_verifier_cannot_judge_is_dropped_instead_of_scored_0():
+    assert grade([free("cup"), free("cat")], Script(cup=True)) == [1.0, None]
 
 
 def test_evaluation_does_not_bother_the_verifier_without_a_tag():
-    verifier, calls = failing(times=0)
-    assert ask(verifier, response="a red cup", require_tag=True) == 0.0
-    assert not calls
+    verifier = Script(cup=True)
+    answers = [free("cup", require_tag=True), free("<answer>cup</answer>", require_tag=True)]
+    assert grade(answers, verifier) == [0.0, 1.0]
+    assert verifier.calls == [[Query("What is it?", "red mug", "cup")]]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "complaint"),
+    [([True], "1 for 2 queries"), ([True, "no"], "'no', neither a bool nor None"), ([0, 1], "0, ")],
+)
+def test_a_verifier_that_breaks_its_contract_is_no_judge(verdicts, complaint):
+    def verifier(queries):
+        return verdicts
+
+    with pytest.raises(TypeError, match=complaint):
+        grade([free("cup"), free("cat")], verifier)
 
 
 # --- by answer form ---------------------------------------------------------------------------
 
 
-def test_the_answer_form_picks_the_grader():
-    assert answer_reward("<answer>B</answer>", "b", "mca") == 1.0
-    assert answer_reward("<answer>2.0</answer>", "2", "na") == 1.0
-    assert answer_reward("<answer>2.0</answer>", "two", "na") is None
+def test_the_answer_form_picks_the_grader_and_order_is_kept():
+    verifier = Script(cup=True, dog=False)
+    answers = [
+        free("dog"),
+        Answer("<answer>B</answer>", "b", "mca"),
+        Answer("<answer>2.0</answer>", "2", "na"),
+        free("cup"),
+        Answer("<answer>2.0</answer>", "two", "na"),
+        Answer("<answer>F</answer>", "F", "mca"),
+        Answer("<answer>F</answer>", "F", "mca", letters="ABCDEF"),
+        Answer("B", "B", "mca", require_tag=True),
+        Answer("2", "2", "na", require_tag=True),
+        Answer("2", "two", "na", require_tag=True),
+    ]
+    assert grade(answers, verifier) == [0.0, 1.0, 1.0, 1.0, None, 0.0, 1.0, 0.0, 0.0, None]
+    assert len(verifier.calls) == 1
+
+
+def test_a_verifier_without_work_is_not_called():
+    verifier = Script()
+    assert grade([Answer("B", "B", "mca"), free("x", require_tag=True)], verifier) == [1.0, 0.0]
+    assert grade([], verifier) == []
+    assert verifier.calls == []
 
 
 def test_data_that_cannot_be_graded_is_refused_before_training():
     require_verifier(["mca", "na"], None)
-    require_verifier(["mca", "free_form"], lambda question, answer, response: True)
+    require_verifier(["mca", "free_form"], Script())
     with pytest.raises(ValueError, match="'free_form', which only a verifier can grade"):
         require_verifier(["mca", "free_form"], None)
     with pytest.raises(ValueError, match="answer_form 'essay' cannot be graded"):
         require_verifier(["mca", "essay"], None)
     with pytest.raises(ValueError, match="verifier"):
-        answer_reward("x", "y", "free_form")
+        grade([free("x")], None)
+    with pytest.raises(ValueError, match="'essay'"):
+        grade([Answer("x", "y", "essay")], Script())
