@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from p2r_jax.config import EvalConfig, MeshConfig, TrainConfig
+from p2r_jax.config import DistributedConfig, EvalConfig, MeshConfig, TrainConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. Errors a person can act on are printed as one line; exit code 2."""
+    """Entry point. Errors a person can act on are printed as one line, with exit code 2.
+
+    Exit code 75: a run was asked to end, or lost another process, and goes on when the same command
+    is given again.
+    """
     parser = ArgumentParser(prog="p2r", description="Perceive-to-Reason in JAX")
     commands = parser.add_subcommands(required=True, dest="command")
     for name, (build, _, help_text) in COMMANDS.items():
@@ -23,17 +28,51 @@ def main(argv: list[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     from p2r_jax.data.rows import RowError
     from p2r_jax.data.sources import SourceError
-    from p2r_jax.rl.stop import RunStopped
+    from p2r_jax.rl.stop import EXIT_RESTART, EXIT_STOPPED, Preempted, RunStopped
 
     _, run, _ = COMMANDS[parsed.command]
     try:
         run(parsed[parsed.command])
+    except Preempted as request:
+        print(f"p2r {parsed.command}: {request}", file=sys.stderr)
+        return EXIT_RESTART
     except (OSError, RowError, SourceError, ValueError, RunStopped) as error:
         if os.environ.get("P2R_TRACEBACK"):
             raise
         print(f"p2r {parsed.command}: {error}", file=sys.stderr)
-        return 2
+        return _alone(EXIT_STOPPED)
+    except Exception as error:
+        if not _lost_a_process(error):
+            traceback.print_exc()
+            return _alone(1)
+        print(
+            f"p2r {parsed.command}: a computation with the other processes failed, most likely "
+            f"because one of them ended: see its output. The same command, given to all of them, "
+            f"goes on from the last checkpoint. {str(error).strip().splitlines()[0][:300]}",
+            file=sys.stderr,
+        )
+        return _alone(EXIT_RESTART)
     return 0
+
+
+def _lost_a_process(error: Exception) -> bool:
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+
+
+def _alone(code: int) -> int:
+    """End with this exit code; one of several processes at once, so that the others notice.
+
+    An orderly end would wait for all of them, and they may wait for this one.
+    """
+    import jax
+
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 # --- train ------------------------------------------------------------------------------------
@@ -43,13 +82,25 @@ def _train_parser() -> ArgumentParser:
     parser = ArgumentParser()
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(TrainConfig, nested_key=None)
+    parser.add_argument(
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="train nothing: check the data, print schedule and memory, and write what a small "
+        "batch of each phase looks like to RUN/dry_run",
+    )
     return parser
 
 
 def _train(args: Namespace) -> None:
     config = _dataclass_of(_train_parser(), args, TrainConfig)
     config.validate()
-    start_devices(config.mesh)
+    start_devices(config.mesh, config.distributed)
+    if args.dry_run:
+        from p2r_jax.rl.dry_run import dry_run
+
+        dry_run(config)
+        return
     from p2r_jax.rl.launch import train
 
     train(config)
@@ -67,7 +118,7 @@ def _eval_parser() -> ArgumentParser:
 
 def _eval(args: Namespace) -> None:
     config = _dataclass_of(_eval_parser(), args, EvalConfig)
-    start_devices(config.mesh)
+    start_devices(config.mesh, config.distributed)
     from p2r_jax.evals.launch import run_evaluation
 
     run_evaluation(config)
@@ -214,12 +265,17 @@ COMMANDS: dict[str, tuple[Any, Any, str]] = {
 }
 
 
-def start_devices(mesh: MeshConfig) -> None:
-    """Make virtual CPU devices if asked for; must run before JAX looks for devices."""
+def start_devices(mesh: MeshConfig, distributed: DistributedConfig | None = None) -> None:
+    """Make virtual CPU devices if asked for, and join the other processes if there are any; must
+    run before JAX looks for devices."""
     import jax
 
     if mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", mesh.cpu_devices)
+    if distributed is not None:
+        from p2r_jax.parallel import multihost
+
+        multihost.start(distributed)
 
 
 def _dataclass_of(parser: ArgumentParser, args: Namespace, cls: type) -> Any:

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import field
 from typing import Literal
 
-RoleName = Literal["perceiver", "reasoner", "baseline"]
+RoleName = Literal["perceiver", "reasoner", "baseline", "joint"]
 
 
 @dataclasses.dataclass
@@ -27,6 +27,22 @@ class MeshConfig:
 
 
 @dataclasses.dataclass
+class DistributedConfig:
+    """Several processes, one for each host; all are started with the same command."""
+
+    enabled: Literal["auto", "on", "off"] = "auto"
+    """auto = on where the environment shows more than one process: Cloud TPU pods, GKE, Slurm, Open
+    MPI, or the three settings below."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0; null = what the environment says, like the next two."""
+    processes: int | None = None
+    process: int | None = None
+    """Number of this process, from 0."""
+    heartbeat_seconds: int = 100
+    """A process that is silent for so long is given up, and the others stop."""
+
+
+@dataclasses.dataclass
 class ModelConfig:
     path: str = "tiny"
     """A Hugging Face checkpoint folder, or `tiny`: the checkpoint inside this package."""
@@ -38,9 +54,14 @@ class ModelConfig:
     max_pixels: int | None = None
     kernels: Literal["auto", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
     """Implementation of attention; auto = what suits the devices."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the trained weights. At the authors' learning rate most updates of a bfloat16 weight round
+    to nothing."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of rollouts, the reference and the update's forward and backward pass. The trained weights
-    and the optimizer are float32 always."""
+    """Of the snapshot and of the update's forward and backward pass. Losses, log-probs and gradient
+    sums are float32 always."""
+    rollout_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of rollouts and evaluations; null = as `compute_dtype`."""
     remat: bool = True
     """Recompute activations in the backward pass instead of storing them."""
 
@@ -82,12 +103,19 @@ class PhaseConfig:
     """One phase: one role learns, the other is frozen at the weights of the phase's start."""
 
     role: RoleName = "perceiver"
-    steps: int = 156
+    """perceiver, reasoner; baseline (single-stage control: the plain image, the reasoning prompt);
+    joint (control: both roles learn in every step, each against the frozen other one)."""
+    steps: int | None = None
+    epochs: float | None = None
+    """Length: `steps`, or passes over the training rows (the last partial batch of a pass is
+    dropped). Neither = 1 epoch."""
     prompts: int = 64
     """Questions per step."""
     group: int = 8
     """Completions per question."""
     max_new_tokens: int = 1024
+    reasoner_max_new_tokens: int | None = None
+    """`joint`: of the reasoner's samples; null = as `max_new_tokens`."""
     temperature: float = 1.0
     top_k: int = 0
     """Draw among the k likeliest tokens; 0 = all."""
@@ -100,12 +128,67 @@ class PhaseConfig:
     """The penalty counts tokens of the prompt as seen."""
     partner_max_new_tokens: int = 2048
     """The partner decodes greedily."""
+    partner: Literal["phase", "step"] = "phase"
+    """Weights of the partner: of the phase's start (the authors), or the live ones of each step."""
     microbatch: int = 0
     """Prompts per gradient microbatch; 0 = all at once. The gradient does not depend on it."""
+    minibatches: int = 1
+    """Optimizer updates that share the questions of a step."""
+    inner_epochs: int = 1
+    """Passes of those updates over a step's experience. With more than one update the ratio is
+    taken against the policy that the step began with, and clipping acts."""
+    dynamic_sampling: int = 0
+    """Groups whose rewards all agree are replaced from up to so many further batches of questions;
+    what is still missing then is filled up with them. 0 = they stay (the authors)."""
     role_anchor: float = 0.0
     """Role anchor, an addition to the paper: weight of the cross-entropy on the phase snapshot's
-    own greedy outputs for the idle role. 0 = the authors' method."""
+    own greedy outputs for the idle role. 0 = the authors' method; the loss is logged all the same,
+    as the drift of the role that does not learn."""
     role_anchor_prompts: int = 16
+    """Prompts of the idle role that it is taken on in each step, at most `prompts`; 0 = none, and
+    nothing is logged."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates that one step makes."""
+        return self.minibatches * self.inner_epochs
+
+    def validate(self) -> None:
+        """Raise ValueError naming the first field that cannot work."""
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both set: set one of them")
+        for name in ("steps", "reasoner_max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or null, got {value}")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"epochs must be above 0, got {self.epochs}")
+        counts = "prompts group max_new_tokens partner_max_new_tokens minibatches inner_epochs"
+        for name in counts.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dynamic_sampling", "role_anchor_prompts", "microbatch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.prompts % self.minibatches:
+            raise ValueError(
+                f"prompts = {self.prompts} must be a multiple of minibatches = {self.minibatches}"
+            )
+        if self.microbatch and (self.prompts // self.minibatches) % self.microbatch:
+            raise ValueError(
+                f"prompts / minibatches = {self.prompts // self.minibatches} must be a multiple of "
+                f"microbatch = {self.microbatch}"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.role_anchor and not self.role_anchor_prompts:
+            raise ValueError("role_anchor needs role_anchor_prompts of at least 1")
+        if self.role_anchor and self.role in ("baseline", "joint"):
+            raise ValueError(f"role_anchor: {self.role!r} has no idle role to anchor")
+        if self.reasoner_max_new_tokens is not None and self.role != "joint":
+            raise ValueError("reasoner_max_new_tokens is for role 'joint'; set max_new_tokens")
+        if self.dynamic_sampling and self.role == "joint":
+            raise ValueError("dynamic_sampling: 'joint' samples both roles on the same questions")
 
 
 @dataclasses.dataclass
@@ -126,8 +209,15 @@ class RolloutConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW on float32 weights, reset at each phase start."""
+    """The authors' AdamW by default."""
 
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor keeps row and column means of the second moment and no first one (beta1, beta2 and
+    eps do not apply): the optimizer then takes next to no memory."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of AdamW's first moment. The second stays float32: steps of 1 - beta2 would round away."""
+    reset: bool = True
+    """A fresh optimizer and learning-rate schedule for each phase; false = one for the run."""
     learning_rate: float = 1e-6
     warmup_steps: int = 0
     final_fraction: float = 1.0
@@ -150,27 +240,93 @@ class LossConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = 3.0
+    ratio_level: Literal["token", "sequence"] = "token"
+    """sequence = GSPO; it wants clips near 3e-4."""
     kl_weight: float = 0.01
     """0 skips the reference pass."""
     kl_kind: Literal["k1", "k2", "k3", "abs"] = "k3"
+    reference: Literal["phase", "start"] = "phase"
+    """What the KL is taken to: the weights of the phase's start, or those of the run's (one more
+    copy in memory)."""
+    entropy_weight: float = 0.0
+    """Of the mean entropy, as a bonus."""
     aggregation: Literal[
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     ] = "token-mean"
-    normalize_by_std: bool = True
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """Standard deviation that advantages are divided by: of the group, of all rewards of the step,
+    or no division (Dr. GRPO)."""
+    mask_truncated: bool = False
+    """Leave completions that hit the length limit out of the loss. Their rewards still count in
+    their group's mean."""
+    sampler_correction: float | None = None
+    """Weigh tokens by min(trainer / sampler probability, this), against rollouts whose numbers
+    differ from the update's. null = no weights; the gap is logged all the same."""
+
+
+@dataclasses.dataclass
+class VerifierConfig:
+    """Who judges answers of the form `free_form`. Mode `none` refuses data that has any."""
+
+    kind: Literal["none", "callable", "endpoint", "model"] = "none"
+    """callable = your own function; endpoint = an OpenAI-compatible server; model = the frozen
+    weights of the phase's start, in this process."""
+    function: str | None = None
+    """`callable`: PACKAGE.MODULE:NAME of a function (question, answer, response) -> bool."""
+    base_url: str | None = None
+    """`endpoint`: up to and with /v1."""
+    model: str | None = None
+    """`endpoint`: name of the model there."""
+    api_key_variable: str = "OPENAI_API_KEY"
+    """`endpoint`: environment variable that holds the key, if the server wants one."""
+    timeout_seconds: float = 60.0
+    """`endpoint`: of one request."""
+    attempts: int = 3
+    """A judgement that fails so often is dropped from the loss and counted."""
+    concurrency: int = 16
+    """Judgements that run at the same time (callable, endpoint)."""
+
+    def validate(self) -> None:
+        """Raise ValueError naming the field that is missing for this kind."""
+        needed = {"callable": ["function"], "endpoint": ["base_url", "model"]}.get(self.kind, [])
+        for name in needed:
+            if not getattr(self, name):
+                raise ValueError(f"verifier.{name} must be set for verifier.kind {self.kind!r}")
+        for name in ("attempts", "concurrency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"verifier.{name} must be at least 1, got {getattr(self, name)}")
+        if self.timeout_seconds <= 0:
+            raise ValueError(
+                f"verifier.timeout_seconds must be above 0, got {self.timeout_seconds}"
+            )
+
+
+@dataclasses.dataclass
+class RewardConfig:
+    """The authors' rules by default (P2R §1)."""
+
+    overlap_penalty: bool = True
+    """A box list in which two boxes have IoU > 0.5 earns 0."""
+    label_penalty: bool = True
+    """A box list with an empty label, or the label `description`, earns 0."""
+    require_answer_tag: bool = False
+    """An answer outside <answer>…</answer> is wrong, as it always is in evaluations."""
     max_dropped_fraction: float = 0.2
     """A step in which more samples than this could not be graded stops the run."""
 
 
 @dataclasses.dataclass
 class EvalDuringTraining:
-    every: int = 0
-    """Steps between greedy evaluations of the live weights in both roles; 0 = only where a phase
-    begins and ends."""
+    every: int = 10
+    """Steps between greedy evaluations of the live weights; 0 = only where a phase begins and
+    ends."""
     questions: int = 200
     """Questions of those evaluations."""
     final_questions: int = 1000
     """Questions of the evaluations before training and after each phase."""
-    modes: list[str] = field(default_factory=lambda: ["p2r"])
+    modes: list[str] = field(default_factory=lambda: ["p2r", "live_perceiver", "live_reasoner"])
+    """p2r = both roles by the live weights; live_perceiver, live_reasoner = one of them, the other
+    by the snapshot of the phase's start, so that it shows which role drifts."""
     final_modes: list[str] = field(
         default_factory=lambda: ["default", "p2r", "oracle_box", "random_box"]
     )
@@ -184,7 +340,7 @@ class EvalDuringTraining:
 
 @dataclasses.dataclass
 class LogConfig:
-    samples_every: int = 10
+    samples_every: int = 1
     """Steps between sample files (every completion of some prompts, with pictures)."""
     sample_prompts: int = 4
     tensorboard: bool = True
@@ -202,10 +358,11 @@ class TrainConfig:
     """A PRA-GRPO run."""
 
     run: str = "runs/p2r"
-    """Folder of everything the run writes."""
+    """Folder of everything the run writes; with several processes, one that all of them see."""
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     buckets: BucketConfig = field(default_factory=BucketConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -215,6 +372,11 @@ class TrainConfig:
             PhaseConfig(role="reasoner", max_new_tokens=2048),
         ]
     )
+    """The authors' schedule by default: one perceiver epoch, then one reasoner epoch."""
+    rounds: int = 1
+    """Times that the phases are gone through."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     eval: EvalDuringTraining = field(default_factory=EvalDuringTraining)
@@ -231,30 +393,23 @@ class TrainConfig:
             part, field_name = name.split(".")
             if getattr(getattr(self, part), field_name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
         for name in ("slots", "columns", "refill", "greedy_slots"):
             value = getattr(self.rollout, name)
             if value is not None and value < 1:
                 raise ValueError(f"rollout.{name} must be at least 1, got {value}")
         if self.loss.dual_clip is not None and self.loss.dual_clip <= 1:
             raise ValueError(f"loss.dual_clip must be above 1 or null, got {self.loss.dual_clip}")
+        if self.loss.sampler_correction is not None and self.loss.sampler_correction <= 0:
+            raise ValueError("loss.sampler_correction must be above 0 or null")
         self.buckets.validate()
+        self.verifier.validate()
         for i, phase in enumerate(self.phases):
-            for name in ("steps", "prompts", "group", "max_new_tokens", "partner_max_new_tokens"):
-                if getattr(phase, name) < 1:
-                    raise ValueError(f"phases[{i}].{name} must be at least 1")
-            if phase.microbatch and phase.prompts % phase.microbatch:
-                raise ValueError(
-                    f"phases[{i}].prompts = {phase.prompts} must be a multiple of "
-                    f"phases[{i}].microbatch = {phase.microbatch}"
-                )
-            if phase.temperature <= 0:
-                raise ValueError(f"phases[{i}].temperature must be above 0: training samples")
-            if phase.role_anchor and not 1 <= phase.role_anchor_prompts <= phase.prompts:
-                raise ValueError(
-                    f"phases[{i}].role_anchor_prompts must be 1 to phases[{i}].prompts"
-                )
-            if phase.role_anchor and phase.role == "baseline":
-                raise ValueError(f"phases[{i}]: the baseline has no idle role to anchor")
+            try:
+                phase.validate()
+            except ValueError as error:
+                raise ValueError(f"phases[{i}].{error}") from error
 
 
 @dataclasses.dataclass
@@ -293,6 +448,8 @@ class EvalConfig:
     kernels: Literal["auto", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
     """As `model.kernels` of training."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
     buckets: BucketConfig | None = None
     """None = sizes that fit the model's pixel budget."""
 
@@ -304,5 +461,6 @@ class EvalConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        self.verifier.validate()
         if self.buckets is not None:
             self.buckets.validate()

@@ -24,6 +24,7 @@ from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.answers import Verifier, require_verifier
+from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import (
     Pipeline,
     Result,
@@ -35,13 +36,15 @@ from p2r_jax.roles.pipeline import (
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.render import contact_sheet
 from p2r_jax.roles.requests import Buckets
+from p2r_jax.roles.verifiers import ConfiguredVerifier, ModelVerifier, make_verifier
 
 
 def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict[str, Any]:
     """Evaluate, write OUT/eval/NAME.jsonl and .json, print the table; returns the summary.
 
-    verifier: grades free text. A run folder is evaluated with the prompts and pixel budget it was
-    trained with, unless `config` says otherwise.
+    verifier: judges free text; default, what `config.verifier` says (`model`: the weights that are
+    evaluated). A run folder is evaluated with the prompts and pixel budget it was trained with,
+    unless `config` says otherwise.
     """
     console = Console()
     config.validate()
@@ -60,7 +63,12 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
     else:
         source = load_source(config.benchmark)
         side, limit = 8192, config.limit or len(source)
-    require_verifier(source.answer_forms, verifier)
+    # A model that judges itself comes below; what else may be wrong shows before weights are read.
+    judges_itself = verifier is None and config.verifier.kind == "model"
+    if not judges_itself:
+        if verifier is None:
+            verifier = _checked(make_verifier(config.verifier), source)
+        require_verifier(source.answer_forms, verifier)
     buckets = (
         default_buckets(processor.sizes, side)
         if config.buckets is None
@@ -78,6 +86,10 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
     total = max(0, min(limit, len(source) - config.offset))
     if not total:
         raise ValueError(f"offset {config.offset} leaves no row of {len(source)}")
+    if judges_itself:
+        judge = ModelVerifier(pipeline)
+        judge.weights = params
+        verifier = _checked(judge, source)
     writer = EvalWriter(Path(config.out), config.name, config.pictures)
     records = evaluate(
         pipeline,
@@ -93,13 +105,20 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
         ),
         total=total,
         seed=config.seed,
-        verifier=verifier,
+        grader=Grader(verifier),
         on_record=writer,
     )
     summary = writer.finish(records)
     console.print(format_table(summary_rows(summary["modes"])), markup=False, highlight=False)
     console.print(f"wrote {writer.folder / config.name}.jsonl", highlight=False, soft_wrap=True)
     return summary
+
+
+def _checked(verifier: ConfiguredVerifier | None, source: Source) -> ConfiguredVerifier | None:
+    """The verifier, which is known to judge if the source needs that."""
+    if verifier is not None and "free_form" in source.answer_forms:
+        verifier.check()
+    return verifier
 
 
 def _settings_of_run(run: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from safetensors.flax import save_file
 
 from p2r_jax.ops.kernels import Implementation, Kernels
 from p2r_jax.parallel.mesh import parameter_shardings
+from p2r_jax.parallel.multihost import is_main, put, to_host
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.model import Qwen3VL
 
@@ -242,7 +243,7 @@ def load_pretrained(
         value = np.stack(tensors) if "{i}" in entry.hf else tensors[0]
         value = value.astype(jnp.dtype(dtype))
         where = shardings[entry.path].get_value() if mesh is not None else None
-        flat[entry.path].set_value(jax.device_put(value, where))
+        flat[entry.path].set_value(put(value, where))
     model = nnx.merge(graph, state)
     model.name_or_path = str(path)
     return model
@@ -281,6 +282,10 @@ def save_pretrained(
     Raises FileExistsError if `path` exists.
     """
     path = Path(path)
+    if not is_main():
+        # Every tensor is gathered by all processes; one of them writes.
+        _write(model, None, jnp.dtype(dtype), max_shard_bytes)
+        return
     if path.exists():
         raise FileExistsError(f"{path} exists: choose another folder or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -300,9 +305,10 @@ def save_pretrained(
         raise
 
 
-def _write(model: Qwen3VL, folder: Path, dtype: Any, max_shard_bytes: int) -> None:
+def _write(model: Qwen3VL, folder: Path | None, dtype: Any, max_shard_bytes: int) -> None:
+    """folder: None on a process that only takes part in gathering."""
     flat = _flat(nnx.state(model, nnx.Param))
-    shards: list[dict[str, jax.Array]] = [{}]
+    shards: list[dict[str, Any]] = [{}]
     size = total = 0
     for entry, names, _, hf_shape in _entries(model.config, flat):
         value = flat[entry.path].get_value()
@@ -311,12 +317,18 @@ def _write(model: Qwen3VL, folder: Path, dtype: Any, max_shard_bytes: int) -> No
             # A NumPy transpose is a strided view, whose bytes safetensors would write in the wrong
             # order; a JAX array is always dense.
             tensor = jnp.asarray(_to_hf(entry, one, hf_shape), dtype)
+            if jax.process_count() > 1:
+                tensor = to_host(tensor)
+            if folder is None:
+                continue
             if size + tensor.nbytes > max_shard_bytes and shards[-1]:
                 shards.append({})
                 size = 0
             shards[-1][name] = tensor
             size += tensor.nbytes
             total += tensor.nbytes
+    if folder is None:
+        return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = (

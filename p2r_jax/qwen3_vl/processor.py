@@ -149,6 +149,12 @@ class Processor:
         kept = [int(t) for t in tokens if int(t) not in dropped]
         return self.tokenizer.decode(kept, skip_special_tokens=False)
 
+    def prompt_text(self, tokens: np.ndarray) -> str:
+        """A prompt for people: every image is one placeholder."""
+        image = tokens == self.config.image_token_id
+        first = np.concatenate([[True], tokens[1:] != tokens[:-1]])
+        return self.tokenizer.decode(tokens[~image | first], skip_special_tokens=False)
+
     def allowed_tokens(self) -> np.ndarray:
         """Bool [V]: what may be sampled. Image, video and padding placeholders, and rows of the
         embedding that no token uses, never are."""

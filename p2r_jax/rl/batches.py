@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from p2r_jax.config import LossConfig, PhaseConfig
 from p2r_jax.parallel.mesh import batch_sharding
-from p2r_jax.parallel.multihost import to_host
+from p2r_jax.parallel.multihost import put, to_host
 from p2r_jax.rl.advantages import group_advantages, zero_variance_groups
 from p2r_jax.rl.experience import Experience
 from p2r_jax.rl.rewards import Reward
@@ -27,39 +28,47 @@ def advantages_of(
     """Values (0 where there is none), whether there is one, and advantages; [B, G] each."""
     values = np.array([[r.value if r.value is not None else 0.0 for r in g] for g in rewards])
     valid = np.array([[r.value is not None for r in group] for group in rewards])
-    advantages = group_advantages(values, loss.normalize_by_std, valid=valid)
+    scale = loss.advantage_scale
+    advantages = group_advantages(
+        values, scale != "none", valid=valid, std_over="batch" if scale == "batch" else "group"
+    )
     return values, valid, np.asarray(advantages)
 
 
 def training_batch(
-    experience: Experience, loss: LossConfig, mesh: Mesh | None, lengths: Sequence[int] = ()
+    experience: Experience,
+    loss: LossConfig,
+    mesh: Mesh | None,
+    lengths: Sequence[int] = (),
+    max_dropped_fraction: float = 1.0,
 ) -> tuple[TrainingBatch, dict[str, float]]:
     """The batch of an update, and metrics of what was collected.
 
     Samples that could not be graded and filling rows are masked out. lengths: what completions may
     be padded to instead of their limit, see `response_length`. Raises RunStopped if more samples
-    could not be graded than `loss.max_dropped_fraction`.
+    could not be graded than `max_dropped_fraction`.
     """
     values, valid, advantages = advantages_of(experience.rewards, loss)
     dropped = 1.0 - valid.mean()
-    if dropped > loss.max_dropped_fraction:
+    if dropped > max_dropped_fraction:
         raise RunStopped(
-            f"{dropped:.0%} of the samples could not be graded (limit loss.max_dropped_fraction = "
-            f"{loss.max_dropped_fraction:.0%}): check the verifier and the answers of the data"
+            f"{dropped:.0%} of the samples could not be graded (limit reward.max_dropped_fraction "
+            f"= {max_dropped_fraction:.0%}): check the verifier and the answers of the data"
         )
-    completions, prompts = experience.rollout.completions, experience.rollout.prompts
+    completions, prompts = experience.completions, experience.prompts
     rows = prompts.tokens.shape[0] - len(values)
     written = completions.mask.sum(-1)
+    trained = valid & completions.stopped if loss.mask_truncated else valid
     length = response_length(int(written.max()), completions.tokens.shape[2], lengths)
 
     def place(x: np.ndarray) -> jax.Array:
         filled = np.pad(x, ((0, rows), *[(0, 0)] * (x.ndim - 1)))
-        return jax.device_put(filled, batch_sharding(mesh) if mesh is not None else None)
+        return put(filled, batch_sharding(mesh) if mesh is not None else None)
 
     batch = TrainingBatch(
         prompts,
         place(completions.tokens[:, :, :length]),
-        place(completions.mask[:, :, :length] & valid[:, :, None]),
+        place(completions.mask[:, :, :length] & trained[:, :, None]),
         place(completions.log_probs[:, :, :length]),
         place(advantages),
     )
@@ -104,6 +113,7 @@ def _reward_metrics(
             for name, value in reward.parts.items():
                 parts[name].append(value)
     metrics |= {f"reward/{name}": float(np.mean(v)) for name, v in parts.items()}
+    metrics |= {f"reward_std/{name}": float(np.std(v)) for name, v in parts.items()}
     areas = [
         (b.bbox_2d[2] - b.bbox_2d[0]) * (b.bbox_2d[3] - b.bbox_2d[1]) / 1e6
         for group in experience.boxes
@@ -126,13 +136,16 @@ def anchor_batch(
 
     lengths: as for `training_batch`.
     """
-    if not phase.role_anchor or not experience.idle_requests:
+    if not phase.role_anchor_prompts or not any(experience.idle_requests):
         return None
-    # The idle reasoner has G prompts a question: take one of each.
-    stride = max(1, len(experience.idle_requests) // phase.role_anchor_prompts)
-    requests = experience.idle_requests[::stride][: phase.role_anchor_prompts]
+    # The idle reasoner has G prompts a question: take them from as many questions as there are.
+    every = list(itertools.chain.from_iterable(experience.idle_requests))
+    outputs = list(itertools.chain.from_iterable(experience.idle_outputs))
+    count = min(phase.role_anchor_prompts, phase.prompts)
+    stride = max(1, len(every) // count)
+    requests = every[::stride][:count]
     # Its tokens as they were written: an output cut at the limit has no stop token to imitate.
-    rows = [o.tokens for o in experience.idle_outputs[::stride][: phase.role_anchor_prompts]]
+    rows = [o.tokens for o in outputs[::stride][:count]]
     prompts = builder.collate(requests, images)
     length = response_length(max(map(len, rows)), phase.partner_max_new_tokens, lengths)
     shape = (prompts.tokens.shape[0], 1, length)
@@ -141,4 +154,4 @@ def anchor_batch(
         tokens[i, 0, : len(row)] = row
         mask[i, 0, : len(row)] = True
     where: Any = batch_sharding(builder.mesh) if builder.mesh is not None else None
-    return AnchorBatch(prompts, jax.device_put(tokens, where), jax.device_put(mask, where))
+    return AnchorBatch(prompts, put(tokens, where), put(mask, where))

@@ -1,12 +1,18 @@
 """Checkpoints that make a killed run go on as if it had not been: orbax, asynchronous and atomic.
 
 A checkpoint holds the weights, the phase-start snapshot, the optimizer, and where the run is. Data
-order and randomness follow from (seed, step), so nothing else is needed.
+order and randomness follow from (seed, phase, step), so nothing else is needed. It does not depend
+on the mesh or on the number of processes: what is restored is laid out as the new run wants it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import platform
+import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,90 +21,187 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from p2r_jax.config import CheckpointConfig
+from p2r_jax.parallel.multihost import any_process, is_main
+from p2r_jax.rl.schedule import Progress
 from p2r_jax.rl.step import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """The next step to take."""
-
-    phase: int = 0
-    phase_step: int = 0
-    step: int = 0
-    """Over all phases."""
-
-    def after_step(self) -> Progress:
-        """One step further in the same phase."""
-        return Progress(self.phase, self.phase_step + 1, self.step + 1)
-
-    def next_phase(self) -> Progress:
-        """At the start of the following phase."""
-        return Progress(self.phase + 1, 0, self.step)
+from p2r_jax.rl.stop import RunStopped
 
 
 class Checkpoints:
     """Saves and restores (Progress, TrainState, snapshot) under RUN/checkpoints."""
 
-    def __init__(self, run: Path, config: CheckpointConfig):
-        self.every = config.every
+    def __init__(
+        self,
+        run: Path,
+        config: CheckpointConfig,
+        settings: dict[str, Any] | None = None,
+        notify: Callable[[str], None] = print,
+    ):
+        """settings: of the run, written into each checkpoint. notify: told what a person should
+        know of damaged checkpoints."""
+        self.every, self.notify, self.settings = config.every, notify, settings or {}
+        self.folder = (run / "checkpoints").absolute()
+        self.saved: int | None = None
+        """Step of the newest checkpoint."""
+        for unfinished in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
+            step = unfinished.name.split(".")[0]
+            notify(f"the checkpoint of step {step} was not finished; it is removed")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, enable_async_checkpointing=True
+            max_to_keep=config.keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
-        self.manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step` steps: on schedule, or because the machine is to go away."""
-        return step % self.every == 0 or self.manager.reached_preemption(step)
+        """Whether it is time to save after `step` steps."""
+        return step % self.every == 0
 
-    def latest(self) -> Progress | None:
-        """Where the newest checkpoint stands; None if there is none."""
-        step = self.manager.latest_step()
-        if step is None:
-            return None
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
-        )
-        return Progress(**restored.progress)
+    def save(
+        self,
+        progress: Progress,
+        state: TrainState,
+        snapshot: nnx.State,
+        pending: dict[str, float] | None = None,
+    ) -> None:
+        """Start saving; returns before the bytes are on disk. Raises RunStopped, see `check`.
 
-    def save(self, progress: Progress, state: TrainState, snapshot: nnx.State) -> None:
-        """Start saving; returns before the bytes are on disk."""
-        self.manager.save(
-            progress.step,
-            args=ocp.args.Composite(
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-                state=ocp.args.StandardSave(_tree(state, snapshot)),
-            ),
-        )
-
-    def restore(
-        self, progress: Progress, state: TrainState, snapshot: nnx.State
-    ) -> tuple[TrainState, nnx.State]:
-        """Read into arrays shaped and sharded like `state` and `snapshot`.
-
-        Raises ValueError if the checkpoint is of another model or optimizer.
+        pending: metrics of the step that are not logged yet.
         """
-        like = _tree(state, snapshot)
-        try:
-            restored = self.manager.restore(
-                progress.step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(like)),
-            )
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"{self.manager.directory} does not fit this run's model or optimizer; use another "
-                f"`run` folder or the settings in its config.yaml: {error}"
-            ) from error
-        tree = restored.state
-        opt_state = _refill(state.opt_state, tree["opt_state"])
-        return (
-            TrainState(_refill(state.params, tree["params"]), opt_state, tree["skipped"]),
-            _refill(snapshot, tree["snapshot"]),
-        )
+        tree = _tree(state, snapshot)
+        meta = {
+            "progress": dataclasses.asdict(progress),
+            "pending": pending,
+            "contents": _fingerprint(tree),
+            "settings": self.settings,
+            "environment": environment(),
+        }
+        args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), state=ocp.args.StandardSave(tree))
+        self._guarded(lambda: self.manager.save(progress.step, args=args))
+        self.saved = progress.step
+
+    def check(self) -> None:
+        """Raise RunStopped if a checkpoint that was being written failed."""
+        self._guarded(self.manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises RunStopped, see `check`."""
+        self._guarded(self.manager.wait_until_finished)
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        self.manager.wait_until_finished()
+        """Wait, and stop."""
+        self.wait()
         self.manager.close()
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except jax.errors.JaxRuntimeError:
+            raise  # Another process, not the disk.
+        except Exception as error:
+            whole = self.manager.all_steps()
+            last = f"the last whole one is of step {max(whole)}" if whole else "there is none yet"
+            raise RunStopped(
+                f"a checkpoint could not be written to {self.folder} ({last}): make room there, "
+                f"then give the same command again. {_first_line(error)}"
+            ) from error
+
+    def restore(
+        self, like: TrainState, snapshot: Any
+    ) -> tuple[Progress, TrainState, Any, dict[str, float] | None] | None:
+        """What `save` was given, of the newest checkpoint that can be read; None if there is none.
+
+        like, snapshot: `jax.ShapeDtypeStruct`s with the shardings wanted. A damaged checkpoint is
+        moved to RUN/torn_checkpoints, with a message. Raises ValueError for a checkpoint of another
+        model or optimizer, and if none of them can be read.
+        """
+        steps = sorted(self.manager.all_steps(read=True), reverse=True)
+        for step in steps:
+            found, problem = None, None
+            try:
+                found = self._read(step, like, snapshot)
+            except _OtherContents as error:
+                raise ValueError(
+                    f"{self.folder} does not fit this run's model or optimizer: use another `run` "
+                    "folder or the settings in its config.yaml"
+                ) from error
+            except jax.errors.JaxRuntimeError:
+                raise
+            except Exception as error:
+                problem = _first_line(error)
+            if not any_process(found is None):
+                self.saved = step
+                return found
+            self._set_aside(step, problem or "another process could not read it")
+        if steps:
+            raise ValueError(
+                f"none of the checkpoints of this run can be read; they are now in "
+                f"{self.folder.parent / 'torn_checkpoints'}. Delete {self.folder.parent} to start "
+                "again"
+            )
+        return None
+
+    def _read(
+        self, step: int, like: TrainState, snapshot: Any
+    ) -> tuple[Progress, TrainState, Any, dict[str, float] | None]:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = self.manager.restore(step, args=args).meta
+        tree = _tree(like, snapshot)
+        if meta["contents"] != _fingerprint(tree):
+            raise _OtherContents
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(tree))
+        read = self.manager.restore(step, args=args).state
+        now, before = environment(), meta["environment"]
+        changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if now[k] != before.get(k)]
+        if changed:
+            self.notify(f"the checkpoint was written with another environment: {changed}")
+        state = TrainState(
+            _refill(like.params, read["params"]),
+            _refill(like.opt_state, read["opt_state"]),
+            read["skipped"],
+        )
+        frozen = _refill(snapshot, read["snapshot"])
+        return Progress(**meta["progress"]), state, frozen, meta["pending"]
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        self.notify(f"the checkpoint of step {step} cannot be read and is skipped: {problem}")
+        if is_main():
+            aside = self.folder.parent / "torn_checkpoints"
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / str(step), ignore_errors=True)
+            shutil.move(self.folder / str(step), aside / str(step))
+        any_process(False)  # Nobody goes on before it is gone.
+        self.manager.reload()
+
+
+class _OtherContents(Exception):
+    pass
+
+
+def environment() -> dict[str, str]:
+    """Versions that a run's numbers may depend on, and what it runs on."""
+    packages = ("p2r_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return versions | {
+        "python": platform.python_version(),
+        "devices": jax.devices()[0].device_kind,
+    }
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, types and shardings of a tree of arrays, without the arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or repr(error)
+    return text.splitlines()[0][:300]
+
+
+def _fingerprint(tree: dict[str, Any]) -> int:
+    """Of the shapes and types of all leaves."""
+    leaves = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(tree)]
+    return zlib.crc32(repr(leaves).encode())
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
@@ -111,7 +214,7 @@ def _refill(like: Any, leaves: dict[str, Any]) -> Any:
     return jax.tree.unflatten(structure, [leaves[str(i)] for i in range(len(leaves))])
 
 
-def _tree(state: TrainState, snapshot: nnx.State) -> dict[str, Any]:
+def _tree(state: TrainState, snapshot: Any) -> dict[str, Any]:
     return {
         "params": _leaves(state.params),
         "opt_state": _leaves(state.opt_state),

@@ -1,21 +1,24 @@
-"""Evaluation during training: greedy, live weights in both roles, from `evals.runner`."""
+"""Evaluation during training: greedy, both roles by the live weights, and each of them with the
+frozen other one, so that it shows which of them drifts."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
 from p2r_jax.config import TrainConfig
-from p2r_jax.data.loader import evaluation_batches
+from p2r_jax.data.loader import LoadedRow, evaluation_batches
 from p2r_jax.evals.runner import Decoding, EvalWriter, evaluate
 from p2r_jax.evals.scoring import summarize_modes
-from p2r_jax.rl.rewards import Verifier
 from p2r_jax.rl.run_log import RunLog
+from p2r_jax.rl.schedule import Phase
+from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import Pipeline
 
 
@@ -26,46 +29,62 @@ class Evaluations:
     def __init__(
         self,
         config: TrainConfig,
+        phases: Sequence[Phase],
         pipeline: Pipeline,
         source: Any,
-        verifier: Verifier | None = None,
+        grader: Grader,
+        check: Callable[[], None] = lambda: None,
     ):
-        self.config, self.pipeline, self.source = config, pipeline, source
-        self.verifier = verifier
+        """check: called between batches; may raise to end an evaluation before its time."""
+        self.config, self.phases, self.pipeline, self.source = config, phases, pipeline, source
+        self.grader, self.check = grader, check
         self.run = Path(config.run)
         self.decoding = decoding_of(config)
         self.summaries: dict[str, dict[str, Any]] = {}
         """Of the full ones that are done: name -> mode -> summary."""
-        self.seconds: dict[str, float] = {}
 
-    def name_after(self, phase: int) -> str:
+    def name_after(self, phase: Phase) -> str:
         """Name of the evaluation that follows a phase."""
-        if phase == len(self.config.phases) - 1:
+        if phase.number == len(self.phases) - 1:
             return "after"
-        return f"after_phase{phase + 1}_{self.config.phases[phase].role}"
+        return f"after_phase{phase.number + 1}_{phase.role}"
 
-    def due(self, phase: int, phase_step: int) -> bool:
+    def due(self, phase: Phase, phase_step: int) -> bool:
         """Whether a short one follows this step; a phase's last step has a full one."""
         every = self.config.eval.every
-        last = phase_step == self.config.phases[phase].steps
-        return bool(every) and phase_step % every == 0 and not last
+        return bool(every) and phase_step % every == 0 and phase_step != phase.steps
 
-    def short(self, params: nnx.State) -> dict[str, float]:
-        """Accuracy and perceiver figures, as flat metrics."""
+    def short(self, params: nnx.State, partner: nnx.State) -> dict[str, float]:
+        """Accuracy and perceiver figures, as flat metrics. partner: the snapshot's weights."""
         settings = self.config.eval
-        batches = evaluation_batches(self.source, settings.batch, settings.questions)
         records = evaluate(
             self.pipeline,
             params,
-            batches,
+            self._batches(settings.questions),
             settings.modes,
             self.decoding,
             total=settings.questions,
-            verifier=self.verifier,
+            grader=self.grader,
+            partner=partner,
         )
         return _flat(records)
 
-    def full(self, name: str, params: nnx.State, log: RunLog, step: int) -> None:
+    def _batches(self, questions: int) -> Iterator[list[LoadedRow]]:
+        for batch in evaluation_batches(self.source, self.config.eval.batch, questions):
+            self.check()
+            yield batch
+
+    def _modes(self, name: str) -> list[str]:
+        settings = self.config.eval
+        if name == "before":  # The snapshot is the policy: one mode tells all.
+            return settings.final_modes
+        if name == "after":
+            return list(dict.fromkeys([*settings.final_modes, *settings.modes]))
+        return settings.modes
+
+    def full(
+        self, name: str, params: nnx.State, partner: nnx.State, log: RunLog, step: int
+    ) -> None:
         """Records, pictures and summary under RUN/eval."""
         settings, begin = self.config.eval, time.perf_counter()
         if not settings.final_questions:
@@ -74,23 +93,24 @@ class Evaluations:
         records = evaluate(
             self.pipeline,
             params,
-            evaluation_batches(self.source, settings.batch, settings.final_questions),
-            settings.final_modes if name in ("before", "after") else settings.modes,
+            self._batches(settings.final_questions),
+            self._modes(name),
             self.decoding,
             total=settings.final_questions,
-            verifier=self.verifier,
+            grader=self.grader,
+            partner=partner,
             on_record=writer,
             description=f"evaluating {name}",
         )
+        metrics = _flat(records) | {"time/evaluation": time.perf_counter() - begin}
         # In this order: a row without its summary is dropped on resume and written again.
-        log.metrics(step, {"phase": "eval", "name": name}, _flat(records))
+        log.metrics(step, {"phase": "eval", "name": name}, metrics)
         self.summaries[name] = writer.finish(records)["modes"]
-        self.seconds[f"evaluate {name}"] = time.perf_counter() - begin
 
     def load(self, step: int) -> None:
         """After a resume at `step`: the full ones that were done by then."""
-        steps = [0, *(phase.steps for phase in self.config.phases)]
-        names = ("before", *map(self.name_after, range(len(self.config.phases))))
+        steps = [0, *(phase.steps for phase in self.phases)]
+        names = ("before", *map(self.name_after, self.phases))
         for name, done in zip(names, itertools.accumulate(steps), strict=True):
             file = self.run / "eval" / f"{name}.json"
             if done <= step and file.is_file():
@@ -101,10 +121,12 @@ def decoding_of(config: TrainConfig) -> Decoding:
     """What each role may write: as much as in any phase."""
     caps: dict[str, int] = {}
     for phase in config.phases:
-        caps[phase.role] = max(caps.get(phase.role, 0), phase.max_new_tokens)
-        idle = {"perceiver": "reasoner", "reasoner": "perceiver"}.get(phase.role)
+        role = "perceiver" if phase.role == "joint" else phase.role
+        caps[role] = max(caps.get(role, 0), phase.max_new_tokens)
+        idle = {"perceiver": "reasoner", "reasoner": "perceiver"}.get(role)
         if idle:
-            caps[idle] = max(caps.get(idle, 0), phase.partner_max_new_tokens)
+            own = phase.reasoner_max_new_tokens or 0
+            caps[idle] = max(caps.get(idle, 0), own, phase.partner_max_new_tokens)
     reasoner = max(caps.get("reasoner", 0), caps.get("baseline", 0))
     penalty = config.eval.repetition_penalty, config.eval.penalize_prompt
     return Decoding.greedy(caps.get("perceiver", 256), reasoner, 16, *penalty)

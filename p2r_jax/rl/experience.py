@@ -12,48 +12,55 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from p2r_jax.config import PhaseConfig
+from p2r_jax.config import PhaseConfig, RewardConfig
 from p2r_jax.data.loader import LoadedRow
 from p2r_jax.data.rows import Row
-from p2r_jax.rl.rewards import Reward, Verifier, answer_reward, perceiver_reward, reasoner_reward
-from p2r_jax.roles.answers import TRAINING_LETTERS, choice_letters
+from p2r_jax.qwen3_vl.inputs import Prompts
+from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.rl.rewards import Reward, perceiver_reward, reasoner_reward
+from p2r_jax.roles.answers import TRAINING_LETTERS, Answer, choice_letters
 from p2r_jax.roles.boxes import ParsedBoxes, parse_response
+from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import Completion, Pipeline, Rollout
 from p2r_jax.roles.requests import ImageStore, Request
-from p2r_jax.rollout.generate import Schedule
+from p2r_jax.rollout.generate import Completions, Schedule
 from p2r_jax.rollout.sampling import Sampling
 
-Grader = Callable[[Row, str], float | None]
-"""(row, response) -> 1 or 0, or None if nothing could grade it."""
 
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Experience:
-    """What one step collected, before the update."""
+    """What one step collected, before the update. Lists are by question."""
 
-    rollout: Rollout
+    rows: list[LoadedRow]
+    requests: list[Request]
+    """Prompts of the role that learns."""
+    prompts: Prompts
+    """The same on the device: B' rows, see `Rollout`."""
+    completions: Completions
+    texts: list[list[str]]
+    """[B][G]."""
     rewards: list[list[Reward]]
+    """[B][G]."""
     partner_texts: list[list[str]]
-    """What the frozen partner wrote: per completion (perceiver phase) or per question."""
+    """What the frozen partner wrote: per completion (perceiver) or per question (reasoner)."""
     boxes: list[list[ParsedBoxes]]
-    """Boxes that the answers were given with."""
-    idle_requests: list[Request]
-    """Prompts of the idle role in this step, with the snapshot's greedy outputs, for the anchor."""
-    idle_outputs: list[Completion]
+    """[B][G]: boxes that the answers were given with."""
+    idle_requests: list[list[Request]]
+    """Prompts of the idle role, with the snapshot's greedy outputs, for the role anchor."""
+    idle_outputs: list[list[Completion]]
 
 
 class Clock:
-    """Wall seconds by stage of one step, added up over the run in `totals`."""
+    """Wall seconds by stage of one step."""
 
-    def __init__(self, totals: dict[str, float]):
-        self.totals = totals
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = collections.defaultdict(float)
 
     @contextmanager
@@ -61,7 +68,6 @@ class Clock:
         begin = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - begin
-        self.totals[name] += time.perf_counter() - begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +75,20 @@ class Step:
     """What experience is collected from and with."""
 
     phase: PhaseConfig
+    """Of one role that learns."""
+    reward: RewardConfig
     pipeline: Pipeline
     policy: nnx.State
     """Weights that learn, laid out for decoding."""
     partner: nnx.State
-    """Weights of the phase's start."""
+    """Weights of the idle role."""
     rows: Sequence[LoadedRow]
     images: ImageStore
     seeds: np.ndarray
     """One per question."""
     schedule: Schedule
     """Of the policy's rollout."""
-    grade: Grader
+    grader: Grader
     clock: Clock
 
     @property
@@ -90,23 +98,36 @@ class Step:
             (i, r.row.question_with_options, r.row.answer_form) for i, r in enumerate(self.rows)
         ]
 
+    def plain(self, role: Any) -> list[Request]:
+        """One request a question that sees the plain image."""
+        builder = self.pipeline.builder
+        return [builder.plain(role, self.images, *question) for question in self.questions]
+
     def sample(self, requests: Sequence[Request]) -> Rollout:
         """G completions of each request by the policy."""
         sampling = phase_sampling(self.phase)
         return self.pipeline.sample(
-            self.policy, requests, self.images, sampling, self.seeds, self.schedule
+            self.policy, requests, self.images, sampling, self.seeds, self.schedule, self.clock
         )
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Greedy completions by the partner."""
         sampling = Sampling(self.phase.partner_max_new_tokens)
-        return self.pipeline.complete(self.partner, requests, self.images, sampling)
+        with self.clock("partner"):
+            return self.pipeline.complete(self.partner, requests, self.images, sampling)
 
-    def grade_answers(self, rollout: Rollout) -> list[list[Reward]]:
-        return [
-            [reasoner_reward(text, self.grade(loaded.row, text)) for text in texts]
-            for loaded, texts in zip(self.rows, rollout.texts, strict=True)
-        ]
+    def grade(self, responses: list[list[str]]) -> list[list[float | None]]:
+        """1 or 0 for each of the G answers to each question; None if nothing could grade it."""
+        tagged = self.reward.require_answer_tag
+        with self.clock("reward"):
+            grades = self.grader.grade(
+                [
+                    answer_to(loaded.row, response, tagged)
+                    for loaded, group in zip(self.rows, responses, strict=True)
+                    for response in group
+                ]
+            )
+        return _grouped(grades, self.phase.group)
 
 
 def phase_sampling(phase: PhaseConfig) -> Sampling:
@@ -115,84 +136,79 @@ def phase_sampling(phase: PhaseConfig) -> Sampling:
     return Sampling(**{k: v for k, v in dataclasses.asdict(phase).items() if k in shared})
 
 
-def grader(verifier: Verifier | None) -> Grader:
-    """Grades by the answer form of the row; `verifier` for free text."""
-
-    def grade(row: Row, answer: str) -> float | None:
-        # The authors' A to E, and further where a row has more options.
-        letters = max(TRAINING_LETTERS, choice_letters(len(row.options), row.answer), key=len)
-        return answer_reward(
-            answer,
-            row.answer,
-            row.answer_form,
-            verifier,
-            question=row.question_with_options,
-            letters=letters,
-        )
-
-    return grade
+def answer_to(row: Row, response: str, require_tag: bool = False) -> Answer:
+    """A response as the grader takes it, under the rules of training."""
+    # The authors' A to E, and further where a row has more options.
+    letters = max(TRAINING_LETTERS, choice_letters(len(row.options), row.answer), key=len)
+    return Answer(
+        response,
+        row.answer,
+        row.answer_form,
+        question=row.question_with_options,
+        letters=letters,
+        require_tag=require_tag,
+    )
 
 
 def collect(step: Step) -> Experience:
-    """Experience of the role that learns in this phase."""
+    """Experience of the role that learns."""
     return COLLECT[step.phase.role](step)
 
 
 def perceiver_experience(step: Step) -> Experience:
     """The policy samples box lists; the frozen reasoner answers once for each."""
     builder, group = step.pipeline.builder, step.phase.group
-    with step.clock("rollout"):
-        rollout = step.sample([builder.plain("perceiver", step.images, *q) for q in step.questions])
+    requests = step.plain("perceiver")
+    rollout = step.sample(requests)
     parsed = [[parse_response(text) for text in texts] for texts in rollout.texts]
-    with step.clock("partner"):
-        asked = [
-            builder.reasoner(step.images, *question, p.boxes)
-            for question, boxes in zip(step.questions, parsed, strict=True)
-            for p in boxes
-        ]
-        answers = step.complete(asked)
-    texts = [answer.text for answer in answers]
-    grouped = [texts[i : i + group] for i in range(0, len(texts), group)]
-    with step.clock("reward"):
-        rewards = [
-            [
-                perceiver_reward(p, step.grade(loaded.row, answer))
-                for p, answer in zip(boxes, own, strict=True)
-            ]
-            for loaded, boxes, own in zip(step.rows, parsed, grouped, strict=True)
-        ]
-    return Experience(rollout, rewards, grouped, parsed, asked, answers)
+    asked = [
+        builder.reasoner(step.images, *question, p.boxes)
+        for question, boxes in zip(step.questions, parsed, strict=True)
+        for p in boxes
+    ]
+    answers = _grouped(step.complete(asked), group)
+    texts = [[answer.text for answer in own] for own in answers]
+    rewards = [
+        [perceiver_reward(p, grade, step.reward) for p, grade in zip(boxes, own, strict=True)]
+        for boxes, own in zip(parsed, step.grade(texts), strict=True)
+    ]
+    return _experience(
+        step, requests, rollout, rewards, texts, parsed, _grouped(asked, group), answers
+    )
 
 
 def reasoner_experience(step: Step) -> Experience:
     """The frozen perceiver boxes once a question; the policy samples answers."""
     builder, group = step.pipeline.builder, step.phase.group
-    with step.clock("partner"):
-        asked = [builder.plain("perceiver", step.images, *q) for q in step.questions]
-        written = step.complete(asked)
+    asked = step.plain("perceiver")
+    written = step.complete(asked)
     parsed = [parse_response(output.text) for output in written]
-    with step.clock("rollout"):
-        rollout = step.sample(
-            [
-                builder.reasoner(step.images, *question, p.boxes)
-                for question, p in zip(step.questions, parsed, strict=True)
-            ]
-        )
-    with step.clock("reward"):
-        rewards = step.grade_answers(rollout)
+    requests = [
+        builder.reasoner(step.images, *question, p.boxes)
+        for question, p in zip(step.questions, parsed, strict=True)
+    ]
+    rollout = step.sample(requests)
     texts, boxes = [[output.text] for output in written], [[p] * group for p in parsed]
-    return Experience(rollout, rewards, texts, boxes, asked, written)
+    return _experience(
+        step,
+        requests,
+        rollout,
+        _answer_rewards(step, rollout),
+        texts,
+        boxes,
+        [[request] for request in asked],
+        [[output] for output in written],
+    )
 
 
 def baseline_experience(step: Step) -> Experience:
     """The policy samples answers to the plain image with the reasoning prompt."""
-    builder = step.pipeline.builder
-    with step.clock("rollout"):
-        rollout = step.sample([builder.plain("baseline", step.images, *q) for q in step.questions])
-    with step.clock("reward"):
-        rewards = step.grade_answers(rollout)
+    requests = step.plain("baseline")
+    rollout = step.sample(requests)
     nothing = [[ParsedBoxes((), True)] * step.phase.group for _ in step.rows]
-    return Experience(rollout, rewards, [[] for _ in step.rows], nothing, [], [])
+    none: list[Any] = [[] for _ in step.rows]
+    rewards = _answer_rewards(step, rollout)
+    return _experience(step, requests, rollout, rewards, none, nothing, none, none)
 
 
 COLLECT = {
@@ -202,24 +218,105 @@ COLLECT = {
 }
 
 
+def _answer_rewards(step: Step, rollout: Rollout) -> list[list[Reward]]:
+    return [
+        [reasoner_reward(text, grade) for text, grade in zip(texts, grades, strict=True)]
+        for texts, grades in zip(rollout.texts, step.grade(rollout.texts), strict=True)
+    ]
+
+
+def _experience(
+    step: Step, requests: list[Request], rollout: Rollout, rewards: list[list[Reward]], *rest: Any
+) -> Experience:
+    return Experience(
+        list(step.rows), requests, rollout.prompts, rollout.completions, rollout.texts, rewards,
+        *rest,
+    )  # fmt: skip
+
+
+def _grouped(flat: Sequence[Any], group: int) -> list[list[Any]]:
+    return [list(flat[i : i + group]) for i in range(0, len(flat), group)]
+
+
+# --- dynamic sampling -----------------------------------------------------------------------------
+
+
+def teaches(rewards: Sequence[Reward]) -> bool:
+    """Whether the rewards of a group differ; if not, all its advantages are 0."""
+    return len({reward.value for reward in rewards if reward.value is not None}) > 1
+
+
+def choose(
+    parts: Sequence[Experience], count: int, pipeline: Pipeline
+) -> tuple[Experience, ImageStore]:
+    """`count` questions out of several batches: those that teach, then the others to fill up.
+
+    Their images are uploaded again, since each batch has a store of its own.
+    """
+    every = [(part, i) for part in parts for i in range(len(part.rows))]
+    every.sort(key=lambda item: not teaches(item[0].rewards[item[1]]))  # stable
+    chosen = every[:count]
+    builder = pipeline.builder
+    rows = [part.rows[i] for part, i in chosen]
+    images = ImageStore.upload([row.image for row in rows], builder.buckets, builder.mesh)
+
+    def moved(requests: Sequence[Request], image: int) -> list[Request]:
+        return [dataclasses.replace(request, image=image) for request in requests]
+
+    def field(name: str) -> list[Any]:
+        return [getattr(part, name)[i] for part, i in chosen]
+
+    requests = [moved([part.requests[i]], n)[0] for n, (part, i) in enumerate(chosen)]
+    arrays = {
+        name: np.stack([getattr(part.completions, name)[i] for part, i in chosen])
+        for name in ("tokens", "log_probs", "mask", "stopped")
+    }
+    steps = sum(part.completions.steps for part in parts)
+    drawn = sum(part.completions.steps * part.completions.occupancy for part in parts)
+    lists = ("texts", "rewards", "partner_texts", "boxes", "idle_outputs")
+    return Experience(
+        rows=rows,
+        requests=requests,
+        prompts=builder.collate(requests, images),
+        completions=Completions(**arrays, steps=steps, occupancy=drawn / max(steps, 1)),
+        idle_requests=[moved(own, n) for n, own in enumerate(field("idle_requests"))],
+        **{name: field(name) for name in lists},
+    ), images
+
+
+# --- for people -----------------------------------------------------------------------------------
+
+
 def sample_records(
-    step: Step, experience: Experience, advantages: np.ndarray, number: int, count: int
+    role: str,
+    experience: Experience,
+    advantages: np.ndarray,
+    processor: Processor,
+    count: int,
+    **where: Any,
 ) -> list[dict[str, Any]]:
-    """Every completion of the first `count` questions of step `number`, for the sample files."""
+    """Every completion of the first `count` questions, for the sample files.
+
+    role: that wrote them. where: of the step, such as its number and phase.
+    """
     records = []
-    for b, loaded in enumerate(step.rows[:count]):
+    for b, loaded in enumerate(experience.rows[:count]):
+        prompt = processor.prompt_text(experience.requests[b].tokens)
         partner = experience.partner_texts[b]
-        for g, text in enumerate(experience.rollout.texts[b]):
+        for g, text in enumerate(experience.texts[b]):
             boxes, reward = experience.boxes[b][g].boxes, experience.rewards[b][g]
             records.append(
                 {
-                    "step": number,
-                    "phase": step.phase.role,
-                    "role": step.phase.role,
+                    **where,
+                    "role": role,
                     "id": loaded.row.id,
                     "question": loaded.row.question_with_options,
                     "answer": loaded.row.answer,
+                    "prompt": prompt,
+                    "prompt_tokens": len(experience.requests[b].tokens),
                     "completion": text,
+                    "completion_tokens": int(experience.completions.mask[b, g].sum()),
+                    "truncated": not bool(experience.completions.stopped[b, g]),
                     "reward": reward.value,
                     "reward_parts": reward.parts,
                     "advantage": float(advantages[b, g]),

@@ -10,35 +10,48 @@ from typing import Any
 import jax
 import yaml
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
 from p2r_jax.config import TrainConfig
-from p2r_jax.data.sources import FileSource, load_source
+from p2r_jax.data.sources import FileSource, SourceError, load_source
 from p2r_jax.evals.report import write_report
 from p2r_jax.evals.runner import check_modes
 from p2r_jax.evals.scoring import format_table, summary_rows
-from p2r_jax.parallel.mesh import batch_shards, make_mesh
-from p2r_jax.parallel.multihost import is_main
-from p2r_jax.qwen3_vl.hf import load_pretrained
+from p2r_jax.ops.kernels import Kernels
+from p2r_jax.parallel.mesh import batch_shards, make_mesh, parameter_shardings
+from p2r_jax.parallel.multihost import any_process, is_main
+from p2r_jax.qwen3_vl.hf import abstract_model, load_pretrained
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.rl.experience import phase_sampling
 from p2r_jax.rl.rewards import Verifier, require_verifier
 from p2r_jax.rl.trainer import Trainer
+from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import Pipeline, default_prompt_set, greedy_schedule
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
+from p2r_jax.roles.verifiers import make_verifier
+
+FREE_TO_CHANGE = ("run", "log", "checkpoint", "mesh", "distributed", "rollout", "export")
+"""Settings of how fast and on what, not of what: a run may go on with others."""
+FREE_PARTS = {
+    "model": ("kernels",),
+    "verifier": ("base_url", "api_key_variable", "timeout_seconds", "attempts", "concurrency"),
+}
 
 
 def build_trainer(
     config: TrainConfig, console: Console, verifier: Verifier | None = None
 ) -> Trainer:
-    """Everything a run needs; `verifier` grades free text.
+    """Everything a run needs, but for the weights; `verifier` grades free text (default: what
+    `config.verifier` says).
 
     Raises ValueError or FileNotFoundError naming the setting.
     """
     config.validate()
-    check_modes([*config.eval.modes, *config.eval.final_modes])
+    check_modes(config.eval.modes, partner=True)
+    check_modes(config.eval.final_modes)
     folder = locate_checkpoint(config.model.path)
     buckets = Buckets.of(config.buckets)
     processor = Processor.from_pretrained(folder, config.model.min_pixels, config.model.max_pixels)
@@ -51,34 +64,74 @@ def build_trainer(
                 f"data.{split}: {source.bad} bad rows left out, {len(source)} used; listed in "
                 f"{bad_rows_folder(config, split)}"
             )
-    require_verifier(train_source.answer_forms | validation_source.answer_forms, verifier)
+    forms = train_source.answer_forms | validation_source.answer_forms
+    judged = verifier is not None or config.verifier.kind != "none"
+    require_verifier(forms - {"free_form"} if judged else forms, None)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    _check_phases(config, mesh)
+
+    model = abstract_model(processor.config, Kernels.choose(config.model.kernels, mesh))
+    model.name_or_path = str(folder)
+    graph, shapes = nnx.split(model, nnx.Param)
+    dtype = config.model.param_dtype
+    like = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where),
+        shapes,
+        parameter_shardings(shapes, mesh),
+    )
+
+    def load() -> nnx.State:
+        return nnx.state(load_pretrained(folder, mesh, dtype, config.model.kernels), nnx.Param)
+
+    greedy = greedy_schedule(config.rollout.greedy_slots, tuple(config.buckets.response_tokens))
+    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, greedy)
+    if verifier is None and "free_form" in forms:
+        verifier = _checked_verifier(config, pipeline)
+    grader = Grader(verifier)
+    return Trainer(config, pipeline, load, like, train_source, validation_source, console, grader)
+
+
+def _checked_verifier(config: TrainConfig, pipeline: Pipeline) -> Verifier | None:
+    made, error = make_verifier(config.verifier, pipeline), None
+    if made is not None and is_main():
+        try:
+            made.check()
+        except ValueError as problem:
+            error = problem
+    if any_process(error is not None):
+        raise error or ValueError("process 0 cannot use the verifier: see its output")
+    return made
+
+
+def _check_phases(config: TrainConfig, mesh: Mesh) -> None:
+    shards = batch_shards(mesh)
     for i, phase in enumerate(config.phases):
         try:
             phase_sampling(phase)
         except ValueError as error:
             raise ValueError(f"phases[{i}].{error}") from error
-        if (phase.microbatch or phase.prompts) % batch_shards(mesh):
+        if (phase.microbatch or phase.prompts // phase.minibatches) % shards:
             raise ValueError(
-                f"phases[{i}]: prompts (or microbatch) must be a multiple of mesh.data x mesh.fsdp "
-                f"= {batch_shards(mesh)}"
+                f"phases[{i}]: the prompts of an update (microbatch, or prompts / minibatches) "
+                f"must be a multiple of mesh.data x mesh.fsdp = {shards}"
             )
-    model = load_pretrained(folder, mesh, "float32", config.model.kernels)
-    graph, params = nnx.split(model, nnx.Param)
-    greedy = greedy_schedule(config.rollout.greedy_slots, tuple(config.buckets.response_tokens))
-    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, greedy)
-    return Trainer(config, pipeline, params, train_source, validation_source, console, verifier)
 
 
 def open_source(name: str, split: str, config: TrainConfig) -> Any:
-    """A source of rows by the name in `data.train` or `data.validation`."""
+    """A source of rows by the name in `data.train` or `data.validation`. Raises SourceError naming
+    that setting."""
     if name == "visual_search":
         return load_source(name, split=split, seed=config.seed)
-    return load_source(
-        name,
-        max_bad_fraction=config.data.max_bad_fraction,
-        bad_rows=bad_rows_folder(config, split),
-    )
+    try:
+        return load_source(
+            name,
+            max_bad_fraction=config.data.max_bad_fraction,
+            bad_rows=bad_rows_folder(config, split) if is_main() else None,
+        )
+    except SourceError as error:
+        hint = "  Relative paths of images start at the folder of the file."
+        wanted = hint if "field 'image'" in str(error) else ""
+        raise SourceError(f"data.{split}: {error}{wanted}") from error
 
 
 def bad_rows_folder(config: TrainConfig, split: str) -> Path:
@@ -87,18 +140,25 @@ def bad_rows_folder(config: TrainConfig, split: str) -> Path:
 
 
 def train(config: TrainConfig, verifier: Verifier | None = None) -> dict[str, Any]:
-    """Run (or resume) a training run; returns its summary. verifier: grades free text."""
-    console = Console()
+    """Run (or resume) a training run; returns its summary. verifier: judges free text; default,
+    what `config.verifier` says.
+
+    Raises ValueError or OSError before any long work, RunStopped and Preempted later.
+    """
+    console = Console(quiet=not is_main())
     run = Path(config.run)
-    if is_main():
-        _check_same_config(config, run)
+    require_writable(run)
+    check_same_config(config, run)
     trainer = build_trainer(config, console, verifier)
+    trainer.prepare()
     if is_main():
         _write_config(config, run)
-    size = sum(x.size for x in jax.tree.leaves(trainer.initial))
+    any_process(False)  # The others wait for it before they may fail for a reason of their own.
+    size = sum(x.size for x in jax.tree.leaves(trainer.like))
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     console.print(
-        f"{size:,} parameters on {len(jax.devices())} {jax.devices()[0].platform} device(s); "
-        f"writing to {run}"
+        f"{size:,} parameters on {len(jax.devices())} {jax.devices()[0].platform} device(s)"
+        f"{processes}; writing to {run}"
     )
     summary = trainer.run()
     if is_main():
@@ -111,33 +171,46 @@ def train(config: TrainConfig, verifier: Verifier | None = None) -> dict[str, An
         if rows:
             console.print(format_table(summary_rows(rows)), markup=False, highlight=False)
         stages = ", ".join(f"{k} {v:.0f} s" for k, v in summary["stages"].items())
-        console.print(f"wall time {summary['wall_seconds']:.0f} s: {stages}", highlight=False)
+        console.print(f"{summary['wall_seconds']:.0f} s: {stages}", highlight=False)
         console.print(f"report: {write_report(run)}", highlight=False, soft_wrap=True)
     return summary
 
 
-def _check_same_config(config: TrainConfig, run: Path) -> None:
+def require_writable(run: Path) -> None:
+    """Raise OSError naming the folder if a run cannot write there."""
+    if not is_main():
+        return
+    probe = run / ".writable"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"run folder {run} cannot be written ({error.strerror}): set `run`"
+        ) from error
+
+
+def check_same_config(config: TrainConfig, run: Path) -> None:
     """Refuse to resume a run with other settings than it was started with."""
     file = run / "config.yaml"
-    now = dataclasses.asdict(config)
-    if file.is_file():
-        before = yaml.safe_load(file.read_text())
-        # These change where and how fast, not what: a run may go on on other machines.
-        free = ("run", "log", "checkpoint", "mesh", "rollout")
-        changed = [key for key in now if key not in free]
-        for settings in (now["model"], before.get("model", {})):
-            settings.pop("kernels", None)
-        changed = [key for key in changed if before.get(key) != _plain(now[key])]
-        if changed:
-            raise ValueError(
-                f"{run} was started with other settings ({', '.join(changed)}): choose another "
-                "`run` folder, or delete this one to start again"
-            )
+    if not file.is_file():
+        return
+    now, before = _plain(dataclasses.asdict(config)), yaml.safe_load(file.read_text())
+    for settings in (now, before):
+        for part, names in FREE_PARTS.items():
+            for name in names:
+                settings.get(part, {}).pop(name, None)
+    changed = [k for k in now if k not in FREE_TO_CHANGE and before.get(k) != now[k]]
+    if changed:
+        raise ValueError(
+            f"{run} was started with other settings ({', '.join(changed)}): choose another "
+            "`run` folder, or delete this one to start again"
+        )
 
 
 def _write_config(config: TrainConfig, run: Path) -> None:
     """Only once the settings are known to work: until then they may be corrected freely."""
-    run.mkdir(parents=True, exist_ok=True)
     temporary = run / "config.tmp"
     temporary.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
     os.replace(temporary, run / "config.yaml")

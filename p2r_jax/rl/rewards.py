@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from p2r_jax.config import RewardConfig
 from p2r_jax.roles.answers import (
+    Answer,
+    Query,
     Verifier,
-    answer_reward,
     choice_reward,
     extract_answer,
     has_answer_tag,
@@ -20,9 +22,10 @@ from p2r_jax.roles.answers import (
 from p2r_jax.roles.boxes import ParsedBoxes, perceiver_penalty
 
 __all__ = [
+    "Answer",
+    "Query",
     "Reward",
     "Verifier",
-    "answer_reward",
     "choice_reward",
     "extract_answer",
     "has_answer_tag",
@@ -43,13 +46,18 @@ class Reward:
     """Logged beside it: `answer` (the grade), penalties as 0 or 1, and facts about the text."""
 
 
-def perceiver_reward(parsed: ParsedBoxes, grade: float | None) -> Reward:
+def perceiver_reward(
+    parsed: ParsedBoxes, grade: float | None, rules: RewardConfig | None = None
+) -> Reward:
     """The grade of the frozen reasoner's answer, or 0 if the boxes break a rule.
 
-    grade: None if the answer could not be graded. A broken rule decides without it.
+    grade: None if the answer could not be graded. A broken rule decides without it. rules: which
+    count; the parts tell of both always.
     """
+    rules = rules or RewardConfig()
     penalty = perceiver_penalty(parsed.boxes)
-    broken = penalty.iou or penalty.label
+    overlap, label = (penalty.iou and rules.overlap_penalty, penalty.label and rules.label_penalty)
+    broken = overlap or label
     parts = {
         "overlap_penalty": float(penalty.iou),
         "label_penalty": float(penalty.label),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from p2r_jax.config import LogConfig
 from p2r_jax.data.loader import LoadedRow
 from p2r_jax.evals.runner import save_pictures
 from p2r_jax.parallel.multihost import is_main
+
+PICTURE_SIDE = 1280
+"""Longest side of the pictures of training samples, pixels; there are some in every step."""
 
 
 class RunLog:
@@ -37,7 +42,11 @@ class RunLog:
                 raise ValueError(
                     "log.wandb_project is set but wandb is missing: pip install 'p2r_jax[wandb]'"
                 ) from error
-            self.wandb = wandb.init(project=config.wandb_project, dir=str(run), resume="allow")
+            # The same id after a resume: one run there as here.
+            own = f"{run.name}-{zlib.crc32(str(run.absolute()).encode()):08x}"
+            self.wandb = wandb.init(
+                project=config.wandb_project, dir=str(run), id=own, name=run.name, resume="allow"
+            )
 
     def _drop_rows_after(self, step: int) -> None:
         if not self.metrics_file.exists():
@@ -66,6 +75,18 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
+    def seconds(self) -> dict[str, float]:
+        """Wall seconds by stage, added up over all rows; those of repeated steps count once."""
+        totals: dict[str, float] = collections.defaultdict(float)
+        lines = []
+        if self.active and self.metrics_file.exists():
+            lines = self.metrics_file.read_text().splitlines()
+        for row in map(json.loads, lines):
+            for name, value in row.items():
+                if name.startswith("time/"):
+                    totals[name.removeprefix("time/")] += value
+        return dict(totals)
+
     def samples(self, step: int, samples: list[dict[str, Any]], rows: dict[str, LoadedRow]) -> None:
         """samples/step_N.jsonl with one picture (and crops) per prompt; `rows` by id."""
         if not self.active:
@@ -79,7 +100,9 @@ class RunLog:
                     "boxes": sample["labelled_boxes"],
                     "mode": f"sample{number}",
                 }
-                pictures = save_pictures(self.run, stem, record, rows[sample["id"]])
+                pictures = save_pictures(
+                    self.run, stem, record, rows[sample["id"]], longest=PICTURE_SIDE
+                )
                 plain = {k: v for k, v in sample.items() if k != "labelled_boxes"}
                 file.write(json.dumps(plain | pictures) + "\n")
 

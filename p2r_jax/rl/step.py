@@ -1,4 +1,4 @@
-"""The jitted update: one forward over prompt ++ G completions, loss, gradient, AdamW.
+"""The jitted update: one forward over prompt ++ G completions, loss, gradient, optimizer.
 
 B prompts, G completions a prompt, P prompt tokens, R completion tokens. The prompt (and the images
 in it) is computed once for its G completions; positions restart after the prompt for each of them.
@@ -19,13 +19,21 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from p2r_jax.config import LossConfig, OptimizerConfig
+from p2r_jax.config import LossConfig
 from p2r_jax.ops.log_probs import token_log_probs
 from p2r_jax.parallel.mesh import batch_shards
+from p2r_jax.parallel.multihost import put
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import Qwen3VL
-from p2r_jax.rl.losses import SumCount, aggregate_terms, aggregation_count, kl_estimate
+from p2r_jax.rl.losses import (
+    SumCount,
+    aggregate_terms,
+    aggregation_count,
+    kl_estimate,
+    sampler_correction,
+)
 from p2r_jax.rl.losses import policy_loss_terms as policy_terms
+from p2r_jax.rl.optimizer import is_vision
 from p2r_jax.rollout.engine import last_valid
 
 
@@ -40,6 +48,22 @@ class TrainingBatch:
     """True on tokens that are trained; all False for filling rows and dropped samples."""
     sampler_log_probs: Float[Array, "B G R"]
     advantages: Float[Array, "B G"]
+    old_log_probs: Float[Array, "B G R"] | None = None
+    """The trainer's own, of the policy that sampled; None = the policy has not moved since."""
+    reference_log_probs: Float[Array, "B G R"] | None = None
+    """For the KL; None = there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """How a batch enters the loss. Static: each one is compiled."""
+
+    loss: LossConfig
+    temperature: float = 1.0
+    """That the completions were drawn at."""
+    horizon: int = 1
+    """Tokens, the constant of Dr. GRPO's aggregation."""
+    microbatches: int = 1
 
 
 @jax.tree_util.register_dataclass
@@ -56,21 +80,26 @@ class AnchorBatch:
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     params: nnx.State
-    """float32 weights."""
+    """The trained weights, float32 unless `model.param_dtype` says otherwise."""
     opt_state: Any
     skipped: Int[Array, ""]
-    """Steps of this phase that were skipped for a non-finite gradient."""
+    """Updates of this phase that were skipped for a non-finite gradient."""
 
 
 def new_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
     """The state a phase starts with: a fresh optimizer, laid out over devices like the weights."""
     # Not under jit, where zeros depend on nothing and all moments would land on one device.
-    opt_state, skipped = optimizer.init(params), jnp.zeros((), jnp.int32)
+    return with_state(params, optimizer.init(params))
+
+
+def with_state(params: nnx.State, opt_state: Any) -> TrainState:
+    """As `new_state`, with an optimizer that goes on."""
+    skipped = jnp.zeros((), jnp.int32)
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, NamedSharding):
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
         opt_state, skipped = jax.tree.map(
-            lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere),
+            lambda x: x if isinstance(x.sharding, NamedSharding) else put(x, everywhere),
             (opt_state, skipped),
         )
     return TrainState(params, opt_state, skipped)
@@ -151,69 +180,35 @@ def completion_log_probs(
     return log_probs.reshape(tokens.shape), entropy.reshape(tokens.shape)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "temperature", "microbatches"))
-def reference_log_probs(
+@functools.partial(jax.jit, static_argnames=("graph", "objective", "dtype"))
+def batch_log_probs(
     graph: nnx.GraphDef,
     params: nnx.State,
     batch: TrainingBatch,
     allowed: Bool[Array, " V"],
-    temperature: float,
-    microbatches: int = 1,
+    *,
+    objective: Objective,
+    dtype: Any,
 ) -> Float[Array, "B G R"]:
-    """Log-probs of the batch's completions under the phase-start snapshot."""
-    model = nnx.merge(graph, params)
+    """Log-probs of the batch's completions under other weights: the phase-start snapshot, or the
+    policy before the first of several updates. dtype: to compute in."""
+    model = nnx.merge(graph, cast(params, dtype))
 
     def of_part(part: TrainingBatch) -> Float[Array, "b G R"]:
         return completion_log_probs(
-            model, part.prompts, part.tokens, part.mask, allowed, temperature
+            model, part.prompts, part.tokens, part.mask, allowed, objective.temperature
         )[0]
 
-    if microbatches == 1:
+    if objective.microbatches == 1:
         return of_part(batch)
-    parts = jax.lax.map(of_part, _split_prompts(batch, microbatches))
+    parts = jax.lax.map(of_part, _split_prompts(batch, objective.microbatches))
     return jnp.moveaxis(parts, 0, 1).reshape(batch.tokens.shape)
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step of the phase: warm-up, then constant or a cosine to its final part."""
-    peak, warmup = config.learning_rate, config.warmup_steps
-    after = (
-        optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)
-        if config.final_fraction < 1
-        else optax.constant_schedule(peak)
-    )
-    if not warmup:
-        return after
-    # Step 0 already learns: a first step at rate 0 would waste a whole rollout.
-    rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rising, after], [warmup])
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping; a frozen tower gets no update at all, decay included."""
-    trained = optax.chain(
-        optax.clip_by_global_norm(config.grad_clip),
-        optax.adamw(
-            make_schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        ),
-    )
-    if not config.freeze_vision:
-        return trained
-    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, _vision_labels)
-
-
-def _is_vision(path: tuple[Any, ...]) -> bool:
-    return getattr(path[0], "key", None) == "visual"
-
-
-def _vision_labels(params: nnx.State) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "frozen" if _is_vision(path) else "trained", params
-    )
+@functools.partial(jax.jit, static_argnames=("parts",))
+def minibatch(batch: TrainingBatch, number: Int[Array, ""], *, parts: int) -> TrainingBatch:
+    """One of `parts` equal parts of a batch: every parts-th prompt, so that no device is idle."""
+    return jax.tree.map(lambda x: x[number], _split_prompts(batch, parts))
 
 
 def _split_prompts(tree: Any, parts: int) -> Any:
@@ -235,34 +230,48 @@ def batch_loss(
     params: nnx.State,
     graph: nnx.GraphDef,
     batch: TrainingBatch,
-    reference: Float[Array, "B G R"] | None,
     allowed: Bool[Array, " V"],
     count: Float[Array, ""],
     *,
-    loss: LossConfig,
-    temperature: float,
-    horizon: int,
+    objective: Objective,
     freeze_vision: bool,
     remat: bool,
     dtype: Any,
 ) -> tuple[Float[Array, ""], dict[str, SumCount]]:
     """Policy loss + KL of (a part of) the batch, divided by the whole batch's `count`."""
     if freeze_vision:
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.lax.stop_gradient(x) if _is_vision(path) else x, params
-        )
+        params = _stop_vision(params)
     model = nnx.merge(graph, cast(params, dtype))
-    mask = batch.mask
+    loss, mask = objective.loss, batch.mask
     log_probs, entropy = completion_log_probs(
-        model, batch.prompts, batch.tokens, mask, allowed, temperature, remat
+        model, batch.prompts, batch.tokens, mask, allowed, objective.temperature, remat
     )
-    # One update per rollout: the policy that sampled is the policy that is trained, and its
+    # With one update per rollout the policy that sampled is the policy that is trained. Its
     # probabilities are the trainer's own, not the sampler's.
-    old = jax.lax.stop_gradient(log_probs)
+    old = batch.old_log_probs
+    old = jax.lax.stop_gradient(log_probs) if old is None else old
+    correction: dict[str, SumCount] = {}
+    weights = None
+    if loss.sampler_correction is not None:
+        weights, correction = sampler_correction(
+            old, batch.sampler_log_probs, mask, loss.sampler_correction
+        )
     terms, stats = policy_terms(
-        log_probs, old, batch.advantages, mask, loss.clip_low, loss.clip_high, loss.dual_clip
+        log_probs,
+        old,
+        batch.advantages,
+        mask,
+        loss.clip_low,
+        loss.clip_high,
+        loss.dual_clip,
+        ratio_level=loss.ratio_level,
+        weights=weights,
     )
-    policy, _ = aggregate_terms(terms, mask, loss.aggregation, horizon)
+
+    def summed(values: Float[Array, "B G R"]) -> Float[Array, ""]:
+        return aggregate_terms(values, mask, loss.aggregation, objective.horizon)[0]
+
+    policy = summed(terms)
     total = policy / count
     gap = jnp.where(mask, jnp.abs(old - batch.sampler_log_probs), 0)
     tokens = mask.sum().astype(jnp.float32)
@@ -271,13 +280,23 @@ def batch_loss(
         "entropy/mean": (jnp.where(mask, entropy, 0).sum(), tokens),
         "sampler_gap/mean": (gap.sum(), tokens),
     }
-    if reference is not None:
-        kl = kl_estimate(log_probs, reference, loss.kl_kind, mask)
-        summed, _ = aggregate_terms(kl, mask, loss.aggregation, horizon)
-        total += loss.kl_weight * summed / count
+    if correction:
+        stats["sampler_gap/prob"] = correction["sampler_prob_gap"]
+        stats["sampler_gap/capped_fraction"] = correction["sampler_weight_capped_fraction"]
+    if loss.entropy_weight:
+        total -= loss.entropy_weight * summed(entropy) / count
+    if batch.reference_log_probs is not None:
+        kl = kl_estimate(log_probs, batch.reference_log_probs, loss.kl_kind, mask)
+        total += loss.kl_weight * summed(kl) / count
         stats["kl/mean"] = (jnp.where(mask, kl, 0).sum(), tokens)
     stats["sampler_gap/max"] = (gap.max(), jnp.ones(()))
     return total, jax.tree.map(jax.lax.stop_gradient, stats)
+
+
+def _stop_vision(params: nnx.State) -> nnx.State:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.lax.stop_gradient(x) if is_vision(path) else x, params
+    )
 
 
 def anchor_loss(
@@ -292,9 +311,7 @@ def anchor_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy on the snapshot's greedy outputs for the idle role, per token."""
     if freeze_vision:
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.lax.stop_gradient(x) if _is_vision(path) else x, params
-        )
+        params = _stop_vision(params)
     model = nnx.merge(graph, cast(params, dtype))
     log_probs, _ = completion_log_probs(
         model, anchor.prompts, anchor.tokens, anchor.mask, allowed, 1.0, remat
@@ -302,15 +319,50 @@ def anchor_loss(
     return -jnp.where(anchor.mask, log_probs, 0).sum() / jnp.maximum(anchor.mask.sum(), 1)
 
 
+def _gradient(
+    state: TrainState,
+    graph: nnx.GraphDef,
+    batch: TrainingBatch,
+    allowed: Bool[Array, " V"],
+    *,
+    objective: Objective,
+    **shared: Any,
+) -> tuple[Float[Array, ""], dict[str, SumCount], nnx.State]:
+    """Loss, statistics and gradient of one batch, whatever its microbatches."""
+    count = jnp.maximum(aggregation_count(batch.mask, objective.loss.aggregation), 1.0)
+    gradient = jax.value_and_grad(batch_loss, has_aux=True)
+
+    def of_part(part: TrainingBatch):
+        return gradient(state.params, graph, part, allowed, count, objective=objective, **shared)
+
+    if objective.microbatches == 1:
+        (value, stats), grads = of_part(batch)
+        return value, stats, grads
+
+    parts = _split_prompts(batch, objective.microbatches)
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+    # Sums of many small parts: float32, whatever the weights are.
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, "f4")), shapes)
+
+    def add(total, part):
+        ((old_value, old_stats), old_grads), ((value, stats), grads) = total, of_part(part)
+        merged = jax.tree.map(jnp.add, old_stats, stats)
+        merged["sampler_gap/max"] = (
+            jnp.maximum(old_stats["sampler_gap/max"][0], stats["sampler_gap/max"][0]),
+            jnp.ones(()),
+        )
+        return ((old_value + value, merged), jax.tree.map(jnp.add, old_grads, grads)), None
+
+    ((value, stats), grads), _ = jax.lax.scan(add, zeros, parts)
+    return value, stats, grads
+
+
 @functools.partial(
     jax.jit,
     static_argnames=(
         "graph",
         "optimizer",
-        "loss",
-        "temperature",
-        "horizon",
-        "microbatches",
+        "objectives",
         "freeze_vision",
         "role_anchor",
         "remat",
@@ -321,68 +373,36 @@ def anchor_loss(
 )
 def train_step(
     state: TrainState,
-    batch: TrainingBatch,
-    reference: Float[Array, "B G R"] | None,
+    batches: tuple[TrainingBatch, ...],
     anchor: AnchorBatch | None,
     allowed: Bool[Array, " V"],
     *,
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    loss: LossConfig,
-    temperature: float,
-    horizon: int,
-    microbatches: int = 1,
+    objectives: tuple[Objective, ...],
     freeze_vision: bool = False,
     role_anchor: float = 0.0,
     remat: bool = False,
     dtype: Any = jnp.float32,
     layout: Layout | None = None,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimizer step. Non-finite gradients leave the state as it was and are counted.
+) -> tuple[TrainState, tuple[dict[str, Float[Array, ""]], ...]]:
+    """One optimizer update. A non-finite gradient leaves the state as it was and is counted.
 
-    layout: of `state`, see `layout_of`; the new state then lives where the old one did. Left to
-    the compiler it may move, and the next step would be compiled again.
+    batches, objectives: one of each per role that learns. Their losses are added, each divided by
+    the tokens (or sequences) of its own role. layout: of `state`, see `layout_of`; the new state
+    then lives where the old one did. Left to the compiler it may move, and the next step would be
+    compiled again.
+
+    Returns the state and metrics by batch; what belongs to the update as a whole is in the first.
     """
-    count = jnp.maximum(aggregation_count(batch.mask, loss.aggregation), 1.0)
     shared = {"freeze_vision": freeze_vision, "remat": remat, "dtype": dtype}
-    gradient = jax.value_and_grad(batch_loss, has_aux=True)
-
-    def of_part(part: tuple[TrainingBatch, Any]):
-        rows, ref = part
-        (value, stats), grads = gradient(
-            state.params,
-            graph,
-            rows,
-            ref,
-            allowed,
-            count,
-            loss=loss,
-            temperature=temperature,
-            horizon=horizon,
-            **shared,
-        )
-        return (value, stats), grads
-
-    if microbatches == 1:
-        (value, stats), grads = of_part((batch, reference))
-    else:
-        parts = _split_prompts((batch, reference), microbatches)
-        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-        def add(total, part):
-            ((old_value, old_stats), old_grads), ((value, stats), grads) = total, of_part(part)
-            merged = jax.tree.map(jnp.add, old_stats, stats)
-            merged["sampler_gap/max"] = (
-                jnp.maximum(old_stats["sampler_gap/max"][0], stats["sampler_gap/max"][0]),
-                jnp.ones(()),
-            )
-            return ((old_value + value, merged), jax.tree.map(jnp.add, old_grads, grads)), None
-
-        ((value, stats), grads), _ = jax.lax.scan(add, zeros, parts)
-
-    metrics = {name: total / jnp.maximum(n, 1) for name, (total, n) in stats.items()}
-    metrics["loss/total"] = value
+    all_metrics, grads = [], None
+    for batch, objective in zip(batches, objectives, strict=True):
+        value, stats, own = _gradient(state, graph, batch, allowed, objective=objective, **shared)
+        grads = own if grads is None else jax.tree.map(jnp.add, grads, own)
+        metrics = {name: total / jnp.maximum(n, 1) for name, (total, n) in stats.items()}
+        all_metrics.append(metrics | {"loss/total": value})
+    metrics = all_metrics[0]
     if anchor is not None:
         idle, anchor_grads = jax.value_and_grad(anchor_loss)(
             state.params, graph, anchor, allowed, **shared
@@ -402,4 +422,4 @@ def train_step(
     )
     if layout is not None:
         after = _keep_layout(after, layout)
-    return after, metrics
+    return after, tuple(all_metrics)

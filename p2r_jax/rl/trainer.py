@@ -5,7 +5,7 @@
         for each step:
             rows       = next batch
             experience = the learning role samples, the frozen partner plays the other role
-            rewards -> group advantages -> one update
+            rewards -> group advantages -> one update (or several)
 
 `Trainer.run` reads top to bottom like that. Everything random follows from (seed, step), so a run
 that is killed and resumed goes on as if it had not been.
@@ -14,10 +14,12 @@ that is killed and resumed goes on as if it had not been.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +38,64 @@ from p2r_jax.parallel.mesh import for_decoding
 from p2r_jax.parallel.multihost import is_main, to_host
 from p2r_jax.qwen3_vl.hf import save_pretrained
 from p2r_jax.rl.batches import advantages_of, anchor_batch, training_batch
-from p2r_jax.rl.checkpointing import Checkpoints, Progress
+from p2r_jax.rl.checkpointing import Checkpoints, abstract
 from p2r_jax.rl.evaluations import Evaluations
-from p2r_jax.rl.experience import Clock, Experience, Step, collect, grader, sample_records
-from p2r_jax.rl.rewards import Verifier
+from p2r_jax.rl.experience import (
+    Clock,
+    Experience,
+    Step,
+    choose,
+    collect,
+    sample_records,
+    teaches,
+)
+from p2r_jax.rl.optimizer import learning_rate, make_optimizer, updates_done
 from p2r_jax.rl.run_log import RunLog
+from p2r_jax.rl.schedule import Phase, Progress, plan_phases
 from p2r_jax.rl.step import (
+    AnchorBatch,
     Layout,
+    Objective,
+    TrainingBatch,
     TrainState,
+    batch_log_probs,
     cast,
     layout_of,
-    make_optimizer,
-    make_schedule,
+    minibatch,
     new_state,
-    reference_log_probs,
     train_step,
+    with_state,
 )
-from p2r_jax.rl.stop import RunStopped
+from p2r_jax.rl.stop import Interrupted, Preempted, RunStopped, StopRequests
+from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import Pipeline
 from p2r_jax.roles.requests import ImageStore
+from p2r_jax.roles.verifiers import ModelVerifier
 from p2r_jax.rollout.generate import Schedule
+
+OF_THE_UPDATE = ("grad_norm", "loss/anchor")
+"""Metrics that belong to no role."""
+
+
+@dataclasses.dataclass
+class Live:
+    """What changes while a run goes on, and what its checkpoints hold."""
+
+    progress: Progress
+    state: TrainState
+    snapshot: nnx.State
+    """Weights of the phase's start: frozen partner and KL reference."""
+    pending: dict[str, float] | None = None
+    """Metrics of the last step, until they are logged."""
+
+
+@dataclasses.dataclass
+class Collected:
+    """One role's part of a step."""
+
+    role: PhaseConfig
+    experience: Experience
+    images: ImageStore
 
 
 class Trainer:
@@ -65,216 +105,396 @@ class Trainer:
         self,
         config: TrainConfig,
         pipeline: Pipeline,
-        params: nnx.State,
+        load: Callable[[], nnx.State],
+        like: nnx.State,
         train_source: Any,
         validation_source: Any,
         console: Console,
-        verifier: Verifier | None = None,
+        grader: Grader,
     ):
-        """params: float32 weights, placed on the mesh of `pipeline`."""
+        """load: reads the weights that the run starts from, in `model.param_dtype`, on the mesh of
+        `pipeline`. like: their shapes and shardings; a run that is resumed reads only these."""
         self.config, self.pipeline, self.console = config, pipeline, console
-        self.train_source, self.validation_source = train_source, validation_source
-        self.grade = grader(verifier)
+        self.load, self.like = load, like
+        self.train_source = train_source
+        self.grader = grader
+        self.phases = plan_phases(config, len(train_source))
         self.run_folder = Path(config.run)
         self.mesh = pipeline.builder.mesh
         self.dtype = jnp.dtype(config.model.compute_dtype)
-        self.checkpoints = Checkpoints(self.run_folder, config.checkpoint)
-        self.evaluations = Evaluations(config, pipeline, validation_source, verifier)
-        self.initial = params
-        self.stages: dict[str, float] = collections.defaultdict(float)
+        self.stops = StopRequests()
+        self.evaluations = Evaluations(
+            config, self.phases, pipeline, validation_source, grader, self.stops.check
+        )
+        self.live: Live
+        self.checkpoints: Checkpoints
+        self._reference: nnx.State | None = None
         self._state_layout: Layout = ()
-        layout = for_decoding(params, self.mesh)
-        self._to_rollout = jax.jit(lambda p: cast(p, self.dtype), out_shardings=layout)
-        self._to_snapshot = jax.jit(lambda p: cast(p, self.dtype))
+        self._between: dict[str, float] = {}
+        layout = for_decoding(like, self.mesh)
+        rollout = jnp.dtype(config.model.rollout_dtype or config.model.compute_dtype)
+        self._to_rollout = jax.jit(lambda p: cast(p, rollout), out_shardings=layout)
+        own = jax.tree.map(lambda x: x.sharding, like) if self.mesh is not None else None
+        self._to_snapshot = jax.jit(lambda p: cast(p, self.dtype), out_shardings=own)
 
     # --- the method --------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Weights on the devices: of the newest checkpoint, or those that the run starts from."""
+        settings = dataclasses.asdict(self.config)
+        self.checkpoints = Checkpoints(
+            self.run_folder, self.config.checkpoint, settings, self.console.print
+        )
+        like, snapshot = self._state_like()
+        self._state_layout = layout_of(like)
+        found = self.checkpoints.restore(like, snapshot)
+        if found is None:
+            params = self.load()
+            state = new_state(params, self._optimizer(self.phases[0]))
+            self.live = Live(Progress(), state, self._to_snapshot(params))
+        else:
+            self.live = Live(*found)
+            step = self.live.progress.step
+            self.console.print(f"resuming at step {step} of {self.total_steps}")
+        if self.config.loss.reference == "start" and self.config.loss.kl_weight:
+            self._reference = self._to_snapshot(self.load())
+
     def run(self) -> dict[str, Any]:
-        """Train through all phases (or the rest of them); returns the summary."""
-        started = time.perf_counter()
-        progress = self.checkpoints.latest() or Progress()
-        log = RunLog(self.run_folder, self.config.log, progress.step)
-        self.evaluations.load(progress.step)
-        state, snapshot = self._start_phase(self.initial, progress.phase)
-        if progress.step:
-            state, snapshot = self.checkpoints.restore(progress, state, snapshot)
-            self.console.print(f"resuming at step {progress.step} of {self._total_steps}")
-        self._evaluate("before", state.params, log, progress.step)
+        """Train through all phases (or the rest of them); returns the summary.
 
+        Raises Preempted after saving if the process is asked to end, RunStopped if going on makes
+        no sense.
+        """
+        with self.stops:
+            try:
+                return self._run()
+            except Interrupted as request:
+                self._save()
+                self.checkpoints.close()
+                raise Preempted(
+                    f"{request}: the run is saved at step {self.live.progress.step} of "
+                    f"{self.total_steps}; the same command goes on from there"
+                ) from request
+
+    def _run(self) -> dict[str, Any]:
+        live = self.live
+        log = RunLog(self.run_folder, self.config.log, live.progress.step)
+        self.evaluations.load(live.progress.step)
+        self._evaluate("before", log)
         with self._progress_bar() as bar:
-            task = bar.add_task("training", total=self._total_steps, completed=progress.step)
-            while progress.phase < len(self.config.phases):
-                phase = self.config.phases[progress.phase]
-                if progress.phase_step == 0 and progress.phase > 0:
-                    state, snapshot = self._start_phase(state.params, progress.phase)
-                partner = self._to_rollout(snapshot)
+            task = bar.add_task("training", total=self.total_steps, completed=live.progress.step)
+            while live.progress.phase < len(self.phases):
+                phase = self.phases[live.progress.phase]
+                if live.progress.phase_step == 0 and phase.number > 0:
+                    self._start_phase(phase)
+                if live.pending is not None:  # Saved in the middle of an evaluation.
+                    self._after_step(phase, log)
                 batches = training_batches(
-                    self.train_source, phase.prompts, self._data_seed(progress), progress.phase_step
+                    self.train_source,
+                    phase.config.prompts,
+                    self.config.seed * 1000 + phase.number,
+                    live.progress.batch,
                 )
-                while progress.phase_step < phase.steps:
-                    state, metrics = self._step(
-                        phase, progress, state, snapshot, partner, batches, log
-                    )
-                    progress = progress.after_step()
-                    if self.evaluations.due(progress.phase, progress.phase_step):
-                        metrics |= self.evaluations.short(self._to_rollout(state.params))
-                    where = {"phase": phase.role, "round": progress.phase}
-                    where["phase_step"] = progress.phase_step
-                    log.metrics(progress.step, where, metrics)
-                    reward = f"{phase.role} reward {metrics['reward/mean']:.2f}"
-                    bar.update(task, completed=progress.step, description=reward)
-                    last = progress.phase_step == phase.steps
-                    if last or self.checkpoints.due(progress.step):
-                        self.checkpoints.save(progress, state, snapshot)
-                name = self.evaluations.name_after(progress.phase)
-                self._evaluate(name, state.params, log, progress.step)
-                progress = progress.next_phase()
+                while live.progress.phase_step < phase.steps:
+                    metrics, used = self._step(phase, batches, log)
+                    live.progress = live.progress.after_step(used, _tokens(metrics))
+                    live.pending = metrics | {"tokens/seen": live.progress.tokens}
+                    self._after_step(phase, log)
+                    shown = f"round {phase.round + 1} {phase.role}"
+                    reward = f"{shown}, reward {metrics['reward/mean']:.2f}"
+                    bar.update(task, completed=live.progress.step, description=reward)
+                self._evaluate(self.evaluations.name_after(phase), log)
+                live.progress = live.progress.next_phase()
         self.checkpoints.close()
-        if self.config.export and is_main():
-            self._export(state.params)
+        if self.config.export:
+            self._export(log)
         log.close()
-        return self._write_summary(time.perf_counter() - started)
+        return self._write_summary(log)
 
-    def _start_phase(self, params: nnx.State, phase: int) -> tuple[TrainState, nnx.State]:
-        """Phase-start snapshot (partner and KL reference) and a fresh optimizer."""
-        optimizer = make_optimizer(self.config.optimizer, self.config.phases[phase].steps)
-        state = new_state(params, optimizer)
-        # Taken once: later states lie the same but describe it in other words, and the layout is
-        # a static argument of the compiled step.
-        self._state_layout = self._state_layout or layout_of(state)
-        return state, self._to_snapshot(params)
+    def _start_phase(self, phase: Phase) -> None:
+        """The policy becomes snapshot; the optimizer starts anew if it is set to."""
+        live = self.live
+        params, kept = live.state.params, live.state.opt_state
+        live.state, live.snapshot = None, None  # type: ignore[assignment]
+        if self.config.optimizer.reset:
+            # Not before the old moments are gone: there may be no room for both.
+            del kept
+            live.state = new_state(params, self._optimizer(phase))
+        else:
+            live.state = with_state(params, kept)
+        live.snapshot = self._to_snapshot(params)
 
     def _step(
-        self,
-        phase: PhaseConfig,
-        progress: Progress,
-        state: TrainState,
-        snapshot: nnx.State,
-        partner: nnx.State,
-        batches: Iterator[list[LoadedRow]],
-        log: RunLog,
-    ) -> tuple[TrainState, dict[str, float]]:
-        """Collect experience from the next batch and make one update."""
-        begin, clock, compiled = time.perf_counter(), Clock(self.stages), Compilations()
-        builder = self.pipeline.builder
-        with clock("data"):
-            rows = next(batches)
-        with clock("upload"):
-            images = ImageStore.upload([r.image for r in rows], builder.buckets, self.mesh)
-            policy = self._to_rollout(state.params)
-        seeds = np.random.SeedSequence([self.config.seed, progress.step]).generate_state(len(rows))
-        lengths = tuple(self.config.buckets.response_tokens)
-        rollout = self.config.rollout
-        step = Step(
-            phase=phase,
-            pipeline=self.pipeline,
-            policy=policy,
-            partner=partner,
-            rows=rows,
-            images=images,
-            seeds=seeds,
-            schedule=Schedule(rollout.slots, rollout.columns, rollout.refill, lengths),
-            grade=self.grade,
-            clock=clock,
-        )
-        experience = collect(step)
-        batch, metrics = training_batch(experience, self.config.loss, self.mesh, lengths)
-        with clock("update"):
-            anchor = anchor_batch(phase, experience, images, builder, lengths)
-            allowed = self.pipeline.vocabulary.allowed
-            parts = phase.prompts // phase.microbatch if phase.microbatch else 1
-            reference = None
-            if self.config.loss.kl_weight:
-                reference = reference_log_probs(
-                    self.pipeline.graph, snapshot, batch, allowed, phase.temperature, parts
-                )
-            state, scalars = train_step(
-                state,
-                batch,
-                reference,
-                anchor,
-                allowed,
-                graph=self.pipeline.graph,
-                optimizer=self._optimizer(phase.steps),
-                loss=self.config.loss,
-                temperature=phase.temperature,
-                horizon=phase.max_new_tokens,
-                microbatches=parts,
-                freeze_vision=self.config.optimizer.freeze_vision,
-                role_anchor=phase.role_anchor,
-                remat=self.config.model.remat,
-                dtype=self.dtype,
-                layout=self._state_layout,
-            )
-            metrics |= {name: float(value) for name, value in to_host(scalars).items()}
-        self._stop_if_broken(int(state.skipped))
-        metrics["lr"] = float(
-            make_schedule(self.config.optimizer, phase.steps)(progress.phase_step)
-        )
-        metrics["skipped_steps"] = int(state.skipped)
-        if progress.step % self.config.log.samples_every == 0:
+        self, phase: Phase, batches: Iterator[list[LoadedRow]], log: RunLog
+    ) -> tuple[dict[str, float], int]:
+        """Collect experience and update. Returns metrics and the number of batches it took."""
+        self.stops.check()
+        self.checkpoints.check()
+        begin, clock, compiled = time.perf_counter(), Clock(), Compilations()
+        collected, used = self._collect(phase, batches, clock)
+        self.stops.check()
+        metrics = self._update(phase, collected, clock)
+        number = self.live.progress.step + 1
+        if (number - 1) % self.config.log.samples_every == 0:
             with clock("samples"):
-                self._log_samples(step, experience, progress.step + 1, log)
+                self._log_samples(phase, collected, number, log)
+        metrics |= {f"verifier/{name}": count for name, count in self.grader.counts().items()}
+        metrics["batches"] = used
         metrics |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
         metrics["time/step"] = time.perf_counter() - begin
         metrics |= {"compile/count": compiled.count, "compile/seconds": compiled.seconds}
         compiled.close()
-        return state, metrics
+        return metrics, used
 
-    def _optimizer(self, steps: int) -> Any:
-        # One object per phase length: it is a static argument of the compiled step.
-        if getattr(self, "_made", (None,))[0] != steps:
-            self._made = (steps, make_optimizer(self.config.optimizer, steps))
+    def _collect(
+        self, phase: Phase, batches: Iterator[list[LoadedRow]], clock: Clock
+    ) -> tuple[list[Collected], int]:
+        """Experience of each role that learns in this phase."""
+        builder, own = self.pipeline.builder, phase.config
+        with clock("weights"):
+            policy = jax.block_until_ready(self._to_rollout(self.live.state.params))
+            frozen = self._partner()
+            partner = policy if own.partner == "step" else frozen
+            del frozen
+        rollout = self.config.rollout
+        rings = tuple(self.config.buckets.response_tokens)
+        schedule = Schedule(rollout.slots, rollout.columns, rollout.refill, rings)
+
+        def load() -> tuple[list[LoadedRow], ImageStore]:
+            with clock("data"):
+                rows = next(batches)
+            with clock("upload"):
+                return rows, ImageStore.upload([r.image for r in rows], builder.buckets, self.mesh)
+
+        def experience(role: PhaseConfig, rows: list[LoadedRow], images: ImageStore, *use: int):
+            entropy = [self.config.seed, self.live.progress.step, *(use if any(use) else ())]
+            seeds = np.random.SeedSequence(entropy).generate_state(len(rows))
+            step = Step(
+                phase=role,
+                reward=self.config.reward,
+                pipeline=self.pipeline,
+                policy=policy,
+                partner=partner,
+                rows=rows,
+                images=images,
+                seeds=seeds,
+                schedule=schedule,
+                grader=self.grader,
+                clock=clock,
+            )
+            return collect(step)
+
+        rows, images = load()
+        collected, used = [], 1
+        for number, role in enumerate(phase.learning):
+            parts = [experience(role, rows, images, number, 0)]
+            while used <= own.dynamic_sampling and _teaching(parts) < own.prompts:
+                self.stops.check()
+                parts.append(experience(role, *load(), number, used))
+                used += 1
+            if len(parts) > 1:
+                with clock("encode"):
+                    chosen, images = choose(parts, own.prompts, self.pipeline)
+                parts = [chosen]
+            collected.append(Collected(role, parts[0], images))
+        return collected, used
+
+    def _update(self, phase: Phase, collected: list[Collected], clock: Clock) -> dict[str, float]:
+        """Turn experience into optimizer updates; returns the step's metrics."""
+        config, own, live = self.config, phase.config, self.live
+        allowed, graph = self.pipeline.vocabulary.allowed, self.pipeline.graph
+        rings = tuple(config.buckets.response_tokens)
+        metrics: dict[str, float] = {}
+        batches: list[TrainingBatch] = []
+        objectives: list[Objective] = []
+        prefix = [f"{c.role.role}/" if len(collected) > 1 else "" for c in collected]
+        for one, name in zip(collected, prefix, strict=True):
+            batch, about = training_batch(
+                one.experience, config.loss, self.mesh, rings, config.reward.max_dropped_fraction
+            )
+            metrics |= {name + key: value for key, value in about.items()}
+            parts = own.prompts // own.microbatch if own.microbatch else 1
+            objective = Objective(config.loss, one.role.temperature, one.role.max_new_tokens, parts)
+            score = functools.partial(
+                batch_log_probs, graph, allowed=allowed, objective=objective, dtype=self.dtype
+            )
+            if config.loss.kl_weight:
+                with clock("reference"):
+                    frozen = live.snapshot if self._reference is None else self._reference
+                    reference = jax.block_until_ready(score(frozen, batch=batch))
+                batch = dataclasses.replace(batch, reference_log_probs=reference)
+            if own.updates_per_step > 1:
+                with clock("update"):
+                    old = score(live.state.params, batch=batch)
+                    batch = dataclasses.replace(batch, old_log_probs=old)
+                objective = dataclasses.replace(
+                    objective, microbatches=max(1, parts // own.minibatches)
+                )
+            batches.append(batch)
+            objectives.append(objective)
+        if len(collected) > 1:
+            rewards = [metrics[f"{name}reward/mean"] for name in prefix]
+            metrics["reward/mean"] = float(np.mean(rewards))
+        with clock("update"):
+            anchor = None
+            if len(collected) == 1:
+                first = collected[0]
+                builder = self.pipeline.builder
+                anchor = anchor_batch(own, first.experience, first.images, builder, rings)
+            done = updates_done(live.state.opt_state)
+            scalars = self._optimize(phase, tuple(batches), tuple(objectives), anchor)
+        metrics |= _merged(scalars, prefix)
+        metrics["lr"] = learning_rate(config.optimizer, self._schedule_length(phase), done)
+        metrics["skipped_steps"] = skipped = int(to_host(live.state.skipped))
+        self._stop_if_broken(skipped)
+        return metrics
+
+    def _optimize(
+        self,
+        phase: Phase,
+        batches: tuple[TrainingBatch, ...],
+        objectives: tuple[Objective, ...],
+        anchor: AnchorBatch | None,
+    ) -> list[tuple[dict[str, Any], ...]]:
+        """All updates of a step; metrics of each, by role."""
+        own, results = phase.config, []
+        for number in range(own.updates_per_step):
+            part = batches
+            if own.minibatches > 1:
+                index = np.int32(number % own.minibatches)
+                part = tuple(minibatch(b, index, parts=own.minibatches) for b in batches)
+            self.live.state, scalars = train_step(
+                self.live.state,
+                part,
+                anchor,
+                self.pipeline.vocabulary.allowed,
+                graph=self.pipeline.graph,
+                optimizer=self._optimizer(phase),
+                objectives=objectives,
+                freeze_vision=self.config.optimizer.freeze_vision,
+                role_anchor=own.role_anchor,
+                remat=self.config.model.remat,
+                dtype=self.dtype,
+                layout=self._state_layout,
+            )
+            results.append(to_host(scalars))
+        return results
+
+    def _schedule_length(self, phase: Phase) -> int:
+        """Updates that the learning-rate schedule goes over."""
+        reset = self.config.optimizer.reset
+        return phase.updates if reset else sum(p.updates for p in self.phases)
+
+    def _optimizer(self, phase: Phase) -> Any:
+        # One object per schedule: it is a static argument of the compiled step.
+        updates = self._schedule_length(phase)
+        if getattr(self, "_made", (None,))[0] != updates:
+            self._made = (updates, make_optimizer(self.config.optimizer, updates))
         return self._made[1]
+
+    def _partner(self) -> nnx.State:
+        """The snapshot's weights, laid out for decoding; also those of a verifier in-process."""
+        weights = jax.block_until_ready(self._to_rollout(self.live.snapshot))
+        if isinstance(self.grader.verifier, ModelVerifier):
+            self.grader.verifier.weights = weights
+        return weights
 
     def _stop_if_broken(self, skipped: int) -> None:
         if skipped > self.config.optimizer.max_skipped:
             raise RunStopped(
-                f"{skipped} steps of this phase had a non-finite gradient (limit "
+                f"{skipped} updates of this phase had a non-finite gradient (limit "
                 "optimizer.max_skipped): lower optimizer.learning_rate or use compute_dtype float32"
             )
 
+    def _state_like(self) -> tuple[TrainState, Any]:
+        """Shapes and shardings of state and snapshot."""
+        zeros = jax.jit(
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.like),
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.like),
+        )()
+        like = abstract(new_state(zeros, self._optimizer(self.phases[0])))
+        snapshot = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=x.sharding), self.like
+        )
+        return like, snapshot
+
     # --- what a run leaves behind ------------------------------------------------------------
 
-    def _evaluate(self, name: str, params: nnx.State, log: RunLog, step: int) -> None:
+    def _after_step(self, phase: Phase, log: RunLog) -> None:
+        """Evaluation if one is due, the step's row, and then the checkpoint that vouches for it."""
+        progress, metrics = self.live.progress, self.live.pending or {}
+        if self.evaluations.due(phase, progress.phase_step):
+            begin = time.perf_counter()
+            policy = self._to_rollout(self.live.state.params)
+            metrics |= self.evaluations.short(policy, self._partner())
+            metrics["time/evaluation"] = time.perf_counter() - begin
+        where = {"phase": phase.role, "round": phase.round + 1, "phase_number": phase.number + 1}
+        where["phase_step"] = progress.phase_step
+        log.metrics(progress.step, where, metrics | self._between)
+        self._between, self.live.pending = {}, None
+        if progress.phase_step == phase.steps or self.checkpoints.due(progress.step):
+            begin = time.perf_counter()
+            self._save()
+            # The row of this step must be there before its checkpoint is: it goes into the next.
+            self._between = {"time/save": time.perf_counter() - begin}
+
+    def _save(self) -> None:
+        live = self.live
+        if live.progress.step not in (0, self.checkpoints.saved):
+            self.checkpoints.save(live.progress, live.state, live.snapshot, live.pending)
+
+    def _evaluate(self, name: str, log: RunLog) -> None:
         """A full evaluation, unless a run that was killed has made it already."""
         if name not in self.evaluations.summaries:
-            self.evaluations.full(name, self._to_rollout(params), log, step)
+            policy = self._to_rollout(self.live.state.params)
+            self.evaluations.full(name, policy, self._partner(), log, self.live.progress.step)
 
-    def _log_samples(self, step: Step, experience: Experience, number: int, log: RunLog) -> None:
-        count = min(self.config.log.sample_prompts, len(step.rows))
-        _, _, advantages = advantages_of(experience.rewards, self.config.loss)
-        records = sample_records(step, experience, advantages, number, count)
-        log.samples(number, records, {r.row.id: r for r in step.rows[:count]})
+    def _log_samples(
+        self, phase: Phase, collected: list[Collected], number: int, log: RunLog
+    ) -> None:
+        records: list[dict[str, Any]] = []
+        rows: dict[str, LoadedRow] = {}
+        for one in collected:
+            experience, role = one.experience, one.role.role
+            count = min(self.config.log.sample_prompts, len(experience.rows))
+            _, _, advantages = advantages_of(experience.rewards, self.config.loss)
+            processor = self.pipeline.builder.processor
+            records += sample_records(
+                role, experience, advantages, processor, count, step=number, phase=phase.role
+            )
+            rows |= {r.row.id: r for r in experience.rows[:count]}
+        log.samples(number, records, rows)
 
-    def _export(self, params: nnx.State) -> None:
+    def _export(self, log: RunLog) -> None:
         begin = time.perf_counter()
         folder = self.run_folder / "export"
-        if folder.exists():
+        if folder.exists() and is_main():
             shutil.rmtree(folder)
-        model = nnx.merge(self.pipeline.graph, params)
+        model = nnx.merge(self.pipeline.graph, self.live.state.params)
         save_pretrained(model, folder, files_from=model.name_or_path, dtype=self.dtype)
-        self.stages["export"] += time.perf_counter() - begin
+        self._between["time/export"] = time.perf_counter() - begin
 
-    def _write_summary(self, seconds: float) -> dict[str, Any]:
+    def _write_summary(self, log: RunLog) -> dict[str, Any]:
         summary: dict[str, Any] = {}
         for name, modes in self.evaluations.summaries.items():
             headline = modes.get("p2r") or next(iter(modes.values()))
             summary[name] = {k: v for k, v in headline.items() if k != "by_category"}
             summary[name]["modes"] = modes
-        stages = {**self.evaluations.seconds, **self.stages}
-        summary["stages"] = {k: round(v, 1) for k, v in stages.items()}
-        summary["wall_seconds"] = round(seconds, 1)
+        seconds = collections.defaultdict(float, log.seconds())
+        for name, value in self._between.items():
+            seconds[name.removeprefix("time/")] += value
+        inside_steps = seconds.pop("step", 0.0)
+        outside = sum(seconds[name] for name in ("evaluation", "save", "export"))
+        summary["stages"] = {k: round(v, 1) for k, v in seconds.items()}
+        summary["wall_seconds"] = round(inside_steps + outside, 1)
         if is_main():
             (self.run_folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         return summary
 
     @property
-    def _total_steps(self) -> int:
-        return sum(phase.steps for phase in self.config.phases)
-
-    def _data_seed(self, progress: Progress) -> int:
-        return self.config.seed * 1000 + progress.phase
+    def total_steps(self) -> int:
+        """Of all phases."""
+        return sum(phase.steps for phase in self.phases)
 
     def _progress_bar(self) -> ProgressBar:
         return ProgressBar(
@@ -284,3 +504,27 @@ class Trainer:
             TimeRemainingColumn(),
             console=self.console,
         )
+
+
+def _tokens(metrics: dict[str, float]) -> int:
+    """Of the prompts and completions of a step, by whichever roles."""
+    ends = ("tokens/prompts", "tokens/completions")
+    return int(sum(value for name, value in metrics.items() if name.endswith(ends)))
+
+
+def _teaching(parts: list[Experience]) -> int:
+    """Groups whose rewards differ."""
+    return sum(teaches(group) for part in parts for group in part.rewards)
+
+
+def _merged(results: list[tuple[dict[str, Any], ...]], prefix: list[str]) -> dict[str, float]:
+    """Metrics of several updates as one: means, but for what is a maximum."""
+    merged: dict[str, float] = {}
+    for role, start in enumerate(prefix):
+        for name in results[0][role]:
+            values = [float(result[role][name]) for result in results]
+            value = max(values) if name.endswith("/max") else float(np.mean(values))
+            merged[name if name in OF_THE_UPDATE else start + name] = value
+    if len(prefix) > 1:
+        merged["loss/total"] = sum(merged[f"{start}loss/total"] for start in prefix)
+    return merged

@@ -7,11 +7,14 @@ import json
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
+from p2r_jax.config import BucketConfig, EvalConfig, MeshConfig, VerifierConfig
 from p2r_jax.data.loader import evaluation_batches, load
 from p2r_jax.data.rows import Row
 from p2r_jax.data.visual_search import VisualSearch
-from p2r_jax.evals import scoring
+from p2r_jax.evals import launch, scoring
+from p2r_jax.evals.launch import run_evaluation
 from p2r_jax.evals.runner import (
     MODES,
     Decoding,
@@ -23,6 +26,7 @@ from p2r_jax.evals.runner import (
 )
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import Completion, Pipeline
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
@@ -188,6 +192,155 @@ def test_what_cannot_be_graded_is_counted_and_left_out(pipeline, scripted, tmp_p
     summary = writer.finish(records)
     assert summary["ungraded"] == 1
     assert summary["modes"]["p2r"]["n"] == 1
+
+
+def question(answer: str, name: str = "q", form: str = "free_form") -> Row:
+    image = np.zeros((64, 64, 3), np.uint8)
+    return Row(name, f"what? {name}", answer, form, (), ((0, 0, 500, 500),), "", image)
+
+
+class Judge:
+    """Says yes to what begins with r, no to what begins with w, and fails on the rest."""
+
+    collective = False
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, queries):
+        self.calls.append([(q.question, q.answer, q.response) for q in queries])
+        return [{"r": True, "w": False}.get(q.response[:1]) for q in queries]
+
+
+def test_a_batch_is_judged_in_one_call_for_each_mode(pipeline, scripted):
+    scripted.answer = "<answer>right</answer>"
+    judge, rows = Judge(), [question("a", "one"), row("B"), question("b", "two")]
+    records = run(pipeline, rows, ["default", "p2r"], grader=Grader(judge))
+    assert [r["correct"] for r in records] == [1.0, 0.0, 1.0] * 2
+    assert [r["prediction"] for r in records[:3:2]] == ["right"] * 2
+    assert judge.calls == [[("what? one", "a", "right"), ("what? two", "b", "right")]] * 2
+
+
+@pytest.mark.parametrize(
+    "answer, direct, tagged",
+    [
+        ("right", (1.0, "right"), (0.0, None)),
+        ("<answer>wrong</answer>", (0.0, "wrong"), (0.0, "wrong")),
+        ("<answer>unclear</answer>", (None, "unclear"), (None, "unclear")),
+    ],
+)
+def test_free_text_has_the_same_rules_and_failures_are_ungraded(
+    pipeline, scripted, answer, direct, tagged
+):
+    scripted.answer = answer
+    records = run(pipeline, [question("a")], ["default", "p2r"], grader=Grader(Judge()))
+    assert [(r["correct"], r["prediction"]) for r in records] == [direct, tagged]
+
+
+def test_free_text_without_a_verifier_is_refused(pipeline, scripted):
+    with pytest.raises(ValueError, match="only a verifier can grade"):
+        run(pipeline, [question("a")], ["default"])
+
+
+# --- the verifier of `p2r eval` ---------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluation(tmp_path, tiny_checkpoint):
+    """evaluation(form, verifier settings) -> EvalConfig of two questions about one picture."""
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "picture.png")
+
+    def make(form="free_form", **settings):
+        truth = {"free_form": "red mug", "na": "7"}[form]
+        rows = [
+            {"image": "picture.png", "question": q, "answer": truth, "answer_form": form}
+            for q in ("one?", "two?")
+        ]
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return EvalConfig(
+            model=str(tiny_checkpoint),
+            benchmark=str(file),
+            modes=["default"],
+            pictures=0,
+            out=str(tmp_path / "out"),
+            verifier=VerifierConfig(**settings),
+            mesh=MeshConfig(fsdp=8),
+            buckets=BucketConfig(patches=[320], prompt_tokens=[160, 640], canvas=[96], image=[384]),
+        )
+
+    return make
+
+
+def accuracy(summary):
+    return summary["modes"]["default"]["accuracy"], summary["ungraded"]
+
+
+def test_the_settings_choose_the_verifier(evaluation, scripted):
+    scripted.answer = "a mug that is red"
+    config = evaluation(kind="callable", function=f"{__name__}:mentions_red")
+    assert accuracy(run_evaluation(config)) == (1.0, 0)
+
+
+def mentions_red(question, answer, response):
+    return question in ("one?", "two?") and answer == "red mug" and "red" in response
+
+
+def test_a_verifier_that_is_passed_in_comes_first(evaluation, scripted):
+    scripted.answer, judge = "wrong", Judge()
+    config = evaluation(kind="callable", function=f"{__name__}:mentions_red")
+    assert accuracy(run_evaluation(config, judge)) == (0.0, 0)
+    assert judge.calls == [[("one?", "red mug", "wrong"), ("two?", "red mug", "wrong")]]
+
+
+UNREACHABLE = {"kind": "endpoint", "base_url": "nonsense", "model": "m", "attempts": 1}
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        ({}, "'free_form', which only a verifier can grade"),
+        (UNREACHABLE, r"verifier\.base_url nonsense"),
+        ({"kind": "callable", "function": "json:nothing"}, r"verifier\.function"),
+        ({"kind": "callable"}, r"verifier\.function must be set"),
+    ],
+    ids=lambda value: value.get("kind", "none") if isinstance(value, dict) else "",
+)
+def test_what_cannot_judge_is_refused_before_weights_are_read(
+    evaluation, monkeypatch, settings, complaint
+):
+    def read(*args, **options):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(launch, "load_pretrained", read)
+    with pytest.raises(ValueError, match=complaint):
+        run_evaluation(evaluation(**settings))
+
+
+def test_a_verifier_without_work_need_not_be_there(evaluation, scripted):
+    scripted.answer = "7"
+    assert accuracy(run_evaluation(evaluation("na", **UNREACHABLE))) == (1.0, 0)
+
+
+def test_a_model_may_judge_itself(evaluation, monkeypatch):
+    asked = []
+
+    def complete(pipeline, params, requests, images, sampling):
+        texts = [pipeline.builder.processor.tokenizer.decode(r.tokens) for r in requests]
+        asked.append((params, [len(r.views) for r in requests]))
+        judging = all("<student>" in text for text in texts)
+        return [Completion("yes" if judging else "a mug", ()) for _ in requests]
+
+    monkeypatch.setattr(Pipeline, "complete", complete)
+    assert accuracy(run_evaluation(evaluation(kind="model"))) == (1.0, 0)
+    # The trivial question of the check, the answers, the judgements; by the same weights.
+    assert [views for _, views in asked] == [[0], [1, 1], [0, 0]]
+    assert all(params is asked[0][0] for params, _ in asked)
+
+
+def test_a_model_that_cannot_judge_is_refused(evaluation):
+    with pytest.raises(ValueError, match="this model cannot judge"):
+        run_evaluation(evaluation(kind="model"))
 
 
 # --- records ----------------------------------------------------------------------------------

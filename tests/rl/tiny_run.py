@@ -23,8 +23,9 @@ import numpy as np
 from p2r_jax import config as cfg
 from p2r_jax.parallel.mesh import make_mesh
 from p2r_jax.rl import experience, launch, trainer
-from p2r_jax.rl.step import make_optimizer
+from p2r_jax.rl.optimizer import make_optimizer
 from p2r_jax.roles.boxes import Box, ParsedBoxes
+from p2r_jax.roles.grading import Grader
 
 PROMPTS, GROUP, TOKENS = 4, 2, 5
 
@@ -50,6 +51,7 @@ def make_config(run: Path, model: Path, **changes: Any) -> cfg.TrainConfig:
             eval=cfg.EvalDuringTraining(
                 questions=PROMPTS,
                 final_questions=PROMPTS,
+                every=1,
                 final_modes=["p2r", "oracle_box"],
                 batch=PROMPTS,
             ),
@@ -71,8 +73,11 @@ def boxes_of(text: str) -> ParsedBoxes:
     return ParsedBoxes((Box((float(x), float(y), x + 250.0, y + 250.0), "tile"),), True)
 
 
-def grader(verifier: Any) -> Any:
-    return lambda row, answer: float(checksum(answer) % 2)
+class ChecksumGrader(Grader):
+    """Grades by the text's checksum, whatever was asked."""
+
+    def grade(self, answers: Any) -> Any:
+        return [float(checksum(answer.response) % 2) for answer in answers]
 
 
 @functools.cache
@@ -91,7 +96,7 @@ def patches() -> list[tuple[Any, str, Any]]:
     return [
         (launch, "make_mesh", lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, one)),
         (experience, "parse_response", boxes_of),
-        (trainer, "grader", grader),
+        (launch, "Grader", ChecksumGrader),
         (trainer, "make_optimizer", one_optimizer),
     ]
 

@@ -1,0 +1,96 @@
+"""The method as a schedule: which role learns when, and for how long (P2R §1)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from p2r_jax.config import PhaseConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of the run in which the snapshot stays: partner and KL reference."""
+
+    number: int
+    """From 0, over all rounds."""
+    round: int
+    """From 0."""
+    config: PhaseConfig
+    steps: int
+
+    @property
+    def role(self) -> str:
+        return self.config.role
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the phase, if none is skipped."""
+        return self.steps * self.config.updates_per_step
+
+    @property
+    def learning(self) -> tuple[PhaseConfig, ...]:
+        """What each role that learns samples with: one, or both of `joint`."""
+        if self.role != "joint":
+            return (self.config,)
+        own, cap = self.config, self.config.reasoner_max_new_tokens
+        return (
+            dataclasses.replace(own, role="perceiver", reasoner_max_new_tokens=None),
+            dataclasses.replace(
+                own,
+                role="reasoner",
+                max_new_tokens=cap or own.max_new_tokens,
+                reasoner_max_new_tokens=None,
+            ),
+        )
+
+
+def plan_phases(config: TrainConfig, rows: int) -> tuple[Phase, ...]:
+    """All phases of all rounds.
+
+    rows: of the training data, which say how long an epoch is. Raises ValueError naming a phase
+    that would have no step.
+    """
+    phases: list[Phase] = []
+    for round_ in range(config.rounds):
+        for i, own in enumerate(config.phases):
+            steps = own.steps
+            if steps is None:
+                epochs = 1.0 if own.epochs is None else own.epochs
+                steps = int(epochs * (rows // own.prompts))
+            if rows < own.prompts or steps < 1:
+                raise ValueError(
+                    f"phases[{i}] has no step: data.train has {rows} rows, a step takes "
+                    f"phases[{i}].prompts = {own.prompts}"
+                )
+            phases.append(Phase(len(phases), round_, own, steps))
+    return tuple(phases)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """The next step to take."""
+
+    phase: int = 0
+    """Number of the phase, over all rounds."""
+    phase_step: int = 0
+    step: int = 0
+    """Over all phases."""
+    batch: int = 0
+    """The next batch of questions of the phase; ahead of `phase_step` with dynamic sampling."""
+    tokens: int = 0
+    """Of prompts and completions that have been trained on so far, over all phases."""
+
+    def after_step(self, batches: int = 1, tokens: int = 0) -> Progress:
+        """One step further in the same phase, which took so many batches and trained on so many
+        tokens."""
+        return Progress(
+            self.phase,
+            self.phase_step + 1,
+            self.step + 1,
+            self.batch + batches,
+            self.tokens + tokens,
+        )
+
+    def next_phase(self) -> Progress:
+        """At the start of the following phase."""
+        return dataclasses.replace(self, phase=self.phase + 1, phase_step=0, batch=0)
