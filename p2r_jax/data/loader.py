@@ -7,13 +7,19 @@ whose whole state is the number of the next batch, so that resuming at step n is
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
+import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
-from p2r_jax.data.rows import Row
+from p2r_jax.data.rows import Row, RowError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,27 +29,71 @@ class LoadedRow:
     """uint8 [H, W, 3]."""
 
 
-def load(row: Row) -> LoadedRow:
-    return LoadedRow(row, row.load_image())
+class Unreadable:
+    """Rows whose image turned out not to be one: listed, counted, and too many of them an error.
+
+    Sources check their rows when they are opened, but decode no image: that takes as long as
+    reading all of them.
+    """
+
+    def __init__(self, limit: float = 0, listing: Path | None = None):
+        """limit: rows. listing: JSON-lines file that gets a line for each."""
+        self.limit, self.listing = limit, listing
+        self.problems: dict[str, str] = {}
+        """By row id."""
+        self._lock = threading.Lock()
+
+    def add(self, error: RowError) -> None:
+        """Raises `error` once there are more than `limit` rows."""
+        with self._lock:
+            if error.row_id in self.problems:
+                return
+            self.problems[error.row_id] = str(error)
+            if len(self.problems) > self.limit:
+                raise error
+            logger.warning("%s; the row is skipped", error)
+            if self.listing is not None:
+                self.listing.parent.mkdir(parents=True, exist_ok=True)
+                with self.listing.open("a") as file:
+                    line = {"id": error.row_id, "field": error.field, "problem": error.problem}
+                    file.write(json.dumps(line) + "\n")
+
+
+def load(source: Sequence[Row] | Any, index: int, unreadable: Unreadable) -> LoadedRow:
+    """The row, or the next one that can be read: so that batches keep their size and their order
+    depends on the data alone."""
+    for further in range(len(source)):
+        row = source[(index + further) % len(source)]
+        try:
+            return LoadedRow(row, row.load_image())
+        except RowError as error:
+            unreadable.add(error)
+    raise ValueError("no row of the data has an image that can be read")
 
 
 def training_batches(
-    source: Sequence[Row] | Any, batch: int, seed: int, start: int = 0
+    source: Sequence[Row] | Any,
+    batch: int,
+    seed: int,
+    start: int = 0,
+    unreadable: Unreadable | None = None,
 ) -> Iterator[list[LoadedRow]]:
     """Endless shuffled batches (a new shuffle each epoch, the last partial batch dropped).
 
-    start: number of the first batch; batch n is the same whatever `start` was. Raises ValueError
-    if the source has fewer rows than a batch.
+    start: number of the first batch; batch n is the same whatever `start` was. unreadable: keeps
+    count of rows whose image cannot be read; default, none is allowed. Raises ValueError if the
+    source has fewer rows than a batch, and RowError for too many unreadable ones.
     """
+    bad = unreadable or Unreadable()
     if len(source) < batch:
         raise ValueError(f"the data has {len(source)} rows, fewer than a batch of {batch}")
     dataset = (
-        grain.MapDataset.source(source)
+        grain.MapDataset.source(range(len(source)))
         .seed(seed)
         .shuffle()
         .batch(batch, drop_remainder=True, batch_fn=list)
         .repeat(reseed_each_epoch=True)
-        .map(lambda rows: [load(row) for row in rows])
+        .map(lambda indices: [load(source, int(index), bad) for index in indices])
     )
     # One thread a step ahead hides decoding behind the device; order is kept.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -53,9 +103,24 @@ def training_batches(
 
 
 def evaluation_batches(
-    source: Sequence[Row] | Any, batch: int, limit: int, offset: int = 0
+    source: Sequence[Row] | Any,
+    batch: int,
+    limit: int,
+    offset: int = 0,
+    unreadable: Unreadable | None = None,
 ) -> Iterator[list[LoadedRow]]:
-    """Rows `offset` to `offset + limit` in order; the last batch may be short."""
+    """Rows `offset` to `offset + limit` in order; the last batch may be short.
+
+    unreadable: as for `training_batches`; such rows are left out.
+    """
+    bad = unreadable or Unreadable()
     stop = min(offset + limit, len(source))
     for begin in range(offset, stop, batch):
-        yield [load(source[i]) for i in range(begin, min(begin + batch, stop))]
+        loaded = []
+        for row in (source[i] for i in range(begin, min(begin + batch, stop))):
+            try:
+                loaded.append(LoadedRow(row, row.load_image()))
+            except RowError as error:
+                bad.add(error)
+        if loaded:
+            yield loaded

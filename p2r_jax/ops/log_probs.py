@@ -21,8 +21,24 @@ def masked_logits(
     allowed: Bool[Array, " V"],
 ) -> Float[Array, "*T V"]:
     """Float32 logits; tokens that are not allowed get a huge negative."""
-    logits = jnp.einsum("...e,ve->...v", hidden, unembedding, preferred_element_type=jnp.float32)
-    return jnp.where(allowed, logits, MASKED)
+    return jnp.where(allowed, _logits(hidden, unembedding), MASKED)
+
+
+@jax.custom_vjp
+def _logits(hidden: Float[Array, "*T E"], unembedding: Float[Array, "V E"]) -> Float[Array, "*T V"]:
+    rounded = unembedding.astype(hidden.dtype)
+    return jnp.einsum("...e,ve->...v", hidden, rounded, preferred_element_type=jnp.float32)
+
+
+def _logits_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    hidden, unembedding = saved
+    rounded = unembedding.astype(hidden.dtype)
+    dh = jnp.einsum("...v,ve->...e", d, rounded, preferred_element_type=jnp.float32)
+    du = jnp.einsum("...v,...e->ve", d, hidden, preferred_element_type=jnp.float32)
+    return dh.astype(hidden.dtype), du.astype(unembedding.dtype)
+
+
+_logits.defvjp(lambda hidden, u: (_logits(hidden, u), (hidden, u)), _logits_backward)
 
 
 def token_log_probs(

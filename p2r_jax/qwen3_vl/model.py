@@ -5,6 +5,8 @@ Letters as in `inputs`; V vocabulary, E text width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -13,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from p2r_jax.ops.kernels import Kernels
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
-from p2r_jax.qwen3_vl.layers import param
+from p2r_jax.qwen3_vl.layers import look_up, param
 from p2r_jax.qwen3_vl.text import TextDecoder
 from p2r_jax.qwen3_vl.vision import VisionTower
 
@@ -29,6 +31,8 @@ class Qwen3VL(nnx.Module):
             num_key_value_heads=config.text.num_key_value_heads,
             vision_num_heads=config.vision.num_heads,
         )
+        self.compute_dtype: Any = None
+        """Of activations; None = of the weights. Weights are rounded to it where they are used."""
         self.name_or_path = ""
         """The folder the weights came from, as in transformers; "" if made from nothing."""
         self.visual = VisionTower(config.vision, rngs, self.kernels)
@@ -47,7 +51,8 @@ class Qwen3VL(nnx.Module):
         visual_slot: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B S E"]:
         """Token embeddings, with visual tokens in place of the image placeholders."""
-        x = self.language_model.embed_tokens[...][tokens]
+        table = self.language_model.embed_tokens[...]
+        x = look_up(table, tokens, self.compute_dtype or table.dtype)
         if visual is None:
             return x
         assert visual_slot is not None
@@ -79,7 +84,7 @@ class Qwen3VL(nnx.Module):
             deepstack=deepstack,
             visual_slot=prompts.visual_slot,
         )
-        return hidden @ self.unembedding.T
+        return hidden @ self.unembedding.T.astype(hidden.dtype)
 
 
 @nnx.jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from p2r_jax.qwen3_vl.layers import (
     LayerNorm,
     Linear,
     inverse_frequencies,
+    look_up,
     param,
     rotate_half,
     stack,
@@ -100,6 +102,7 @@ class VisionTower(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs, kernels: Kernels):
         self.config = config
         self.kernels = kernels
+        self.compute_dtype: Any = None
         self.patch_embed = Linear(
             (config.patch_dim,), (config.hidden_size,), (None, "vision_embed"), bias=True, rngs=rngs
         )
@@ -123,10 +126,10 @@ class VisionTower(nnx.Module):
         """Visual tokens and DeepStack features; values on padding are finite and meaningless."""
         config = self.config
         table = self.pos_embed[...]
-        dtype = table.dtype
+        dtype = self.compute_dtype or table.dtype
         x = self.patch_embed(patches.pixels.astype(dtype))
         # Interpolated in float32 whatever the model dtype: bf16 weights shift boxes.
-        looked_up = table[patches.pos_index].astype(jnp.float32)
+        looked_up = look_up(table, patches.pos_index, dtype).astype(jnp.float32)
         x = x + (looked_up * patches.pos_weight[..., None]).sum(-2).astype(dtype)
 
         frequencies = inverse_frequencies(config.rope_theta, config.head_dim // 4)

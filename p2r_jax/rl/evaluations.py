@@ -13,9 +13,10 @@ from typing import Any
 from flax import nnx
 
 from p2r_jax.config import TrainConfig
-from p2r_jax.data.loader import LoadedRow, evaluation_batches
+from p2r_jax.data.loader import LoadedRow, Unreadable, evaluation_batches
 from p2r_jax.evals.runner import Decoding, EvalWriter, evaluate
 from p2r_jax.evals.scoring import summarize_modes
+from p2r_jax.parallel.multihost import is_main
 from p2r_jax.rl.run_log import RunLog
 from p2r_jax.rl.schedule import Phase
 from p2r_jax.roles.grading import Grader
@@ -39,6 +40,9 @@ class Evaluations:
         self.config, self.phases, self.pipeline, self.source = config, phases, pipeline, source
         self.grader, self.check = grader, check
         self.run = Path(config.run)
+        listing = self.run / "bad_rows" / "validation" / "images.jsonl"
+        limit = config.data.max_bad_fraction * len(source)
+        self.unreadable = Unreadable(limit, listing if is_main() else None)
         self.decoding = decoding_of(config)
         self.summaries: dict[str, dict[str, Any]] = {}
         """Of the full ones that are done: name -> mode -> summary."""
@@ -70,7 +74,8 @@ class Evaluations:
         return _flat(records)
 
     def _batches(self, questions: int) -> Iterator[list[LoadedRow]]:
-        for batch in evaluation_batches(self.source, self.config.eval.batch, questions):
+        size, bad = self.config.eval.batch, self.unreadable
+        for batch in evaluation_batches(self.source, size, questions, unreadable=bad):
             self.check()
             yield batch
 

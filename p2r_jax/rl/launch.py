@@ -26,6 +26,7 @@ from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.rl.experience import phase_sampling
 from p2r_jax.rl.rewards import Verifier, require_verifier
+from p2r_jax.rl.run_log import require_wandb
 from p2r_jax.rl.trainer import Trainer
 from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import Pipeline, default_prompt_set, greedy_schedule
@@ -52,6 +53,7 @@ def build_trainer(
     config.validate()
     check_modes(config.eval.modes, partner=True)
     check_modes(config.eval.final_modes)
+    require_wandb(config.log)
     folder = locate_checkpoint(config.model.path)
     buckets = Buckets.of(config.buckets)
     processor = Processor.from_pretrained(folder, config.model.min_pixels, config.model.max_pixels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import json
 import os
 import zlib
@@ -16,6 +17,14 @@ from p2r_jax.parallel.multihost import is_main
 
 PICTURE_SIDE = 1280
 """Longest side of the pictures of training samples, pixels; there are some in every step."""
+
+
+def require_wandb(config: LogConfig) -> None:
+    """Raise ValueError if it is asked for and missing."""
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "log.wandb_project is set but wandb is missing: pip install 'p2r_jax[wandb]'"
+        )
 
 
 class RunLog:
@@ -36,12 +45,8 @@ class RunLog:
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
         if config.wandb_project:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ValueError(
-                    "log.wandb_project is set but wandb is missing: pip install 'p2r_jax[wandb]'"
-                ) from error
+            import wandb
+
             # The same id after a resume: one run there as here.
             own = f"{run.name}-{zlib.crc32(str(run.absolute()).encode()):08x}"
             self.wandb = wandb.init(

@@ -241,7 +241,8 @@ def batch_loss(
     """Policy loss + KL of (a part of) the batch, divided by the whole batch's `count`."""
     if freeze_vision:
         params = _stop_vision(params)
-    model = nnx.merge(graph, cast(params, dtype))
+    model = nnx.merge(graph, params)
+    model.set_attributes(compute_dtype=dtype)
     loss, mask = objective.loss, batch.mask
     log_probs, entropy = completion_log_probs(
         model, batch.prompts, batch.tokens, mask, allowed, objective.temperature, remat
@@ -312,7 +313,8 @@ def anchor_loss(
     """Cross-entropy on the snapshot's greedy outputs for the idle role, per token."""
     if freeze_vision:
         params = _stop_vision(params)
-    model = nnx.merge(graph, cast(params, dtype))
+    model = nnx.merge(graph, params)
+    model.set_attributes(compute_dtype=dtype)
     log_probs, _ = completion_log_probs(
         model, anchor.prompts, anchor.tokens, anchor.mask, allowed, 1.0, remat
     )

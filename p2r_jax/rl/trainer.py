@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 from p2r_jax.config import PhaseConfig, TrainConfig
-from p2r_jax.data.loader import LoadedRow, training_batches
+from p2r_jax.data.loader import LoadedRow, Unreadable, training_batches
 from p2r_jax.parallel.compilations import Compilations
 from p2r_jax.parallel.mesh import for_decoding
 from p2r_jax.parallel.multihost import is_main, to_host
@@ -126,6 +126,9 @@ class Trainer:
         self.evaluations = Evaluations(
             config, self.phases, pipeline, validation_source, grader, self.stops.check
         )
+        limit = config.data.max_bad_fraction * len(train_source)
+        listing = self.run_folder / "bad_rows" / "train" / "images.jsonl"
+        self.unreadable = Unreadable(limit, listing if is_main() else None)
         self.live: Live
         self.checkpoints: Checkpoints
         self._reference: nnx.State | None = None
@@ -158,6 +161,9 @@ class Trainer:
             self.console.print(f"resuming at step {step} of {self.total_steps}")
         if self.config.loss.reference == "start" and self.config.loss.kl_weight:
             self._reference = self._to_snapshot(self.load())
+        if isinstance(self.grader.verifier, ModelVerifier):
+            self._partner()
+            self.grader.verifier.check()
 
     def run(self) -> dict[str, Any]:
         """Train through all phases (or the rest of them); returns the summary.
@@ -178,7 +184,10 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         live = self.live
-        log = RunLog(self.run_folder, self.config.log, live.progress.step)
+        # A pending row is written again, even if a run that was killed has written it before.
+        log = RunLog(
+            self.run_folder, self.config.log, live.progress.step - (live.pending is not None)
+        )
         self.evaluations.load(live.progress.step)
         self._evaluate("before", log)
         with self._progress_bar() as bar:
@@ -194,6 +203,7 @@ class Trainer:
                     phase.config.prompts,
                     self.config.seed * 1000 + phase.number,
                     live.progress.batch,
+                    self.unreadable,
                 )
                 while live.progress.phase_step < phase.steps:
                     metrics, used = self._step(phase, batches, log)
@@ -239,7 +249,7 @@ class Trainer:
             with clock("samples"):
                 self._log_samples(phase, collected, number, log)
         metrics |= {f"verifier/{name}": count for name, count in self.grader.counts().items()}
-        metrics["batches"] = used
+        metrics |= {"data/batches": used, "data/unreadable": len(self.unreadable.problems)}
         metrics |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
         metrics["time/step"] = time.perf_counter() - begin
         metrics |= {"compile/count": compiled.count, "compile/seconds": compiled.seconds}
@@ -253,9 +263,11 @@ class Trainer:
         builder, own = self.pipeline.builder, phase.config
         with clock("weights"):
             policy = jax.block_until_ready(self._to_rollout(self.live.state.params))
-            frozen = self._partner()
-            partner = policy if own.partner == "step" else frozen
-            del frozen
+            live = own.partner == "step"
+            if not live or isinstance(self.grader.verifier, ModelVerifier):
+                partner = self._partner()
+            if live:
+                partner = policy
         rollout = self.config.rollout
         rings = tuple(self.config.buckets.response_tokens)
         schedule = Schedule(rollout.slots, rollout.columns, rollout.refill, rings)

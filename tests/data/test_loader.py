@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 
-from p2r_jax.data.loader import evaluation_batches, training_batches
+from p2r_jax.data.loader import Unreadable, evaluation_batches, training_batches
 from p2r_jax.data.rows import Row, RowError
 
 
@@ -65,13 +66,52 @@ def test_too_few_rows_is_an_error():
         training_batches(Rows(3), 4, seed=0)
 
 
-def test_a_bad_image_names_its_row():
-    class Broken(Rows):
-        def __getitem__(self, index):
-            return Row(f"row {index}", "which?", "A", "mca", ("a", "b"), image_source=b"no image")
+class Broken(Rows):
+    """Rows 2, 3 and 7 of 10 have no image."""
 
-    with pytest.raises(RowError, match=r"row 'row \d', field 'image'"):
-        next(training_batches(Broken(4), 2, seed=0))
+    def __getitem__(self, index):
+        if index not in (2, 3, 7):
+            return super().__getitem__(index)
+        return Row(str(index), "which?", "A", "mca", ("a", "b"), image_source=b"no image")
+
+
+def test_a_bad_image_names_its_row():
+    with pytest.raises(RowError, match=r"row '[237]', field 'image'"):
+        list(itertools.islice(training_batches(Broken(10), 5, seed=0), 2))
+    with pytest.raises(RowError, match=r"row '2', field 'image'"):
+        list(evaluation_batches(Broken(10), 5, 10))
+
+
+def test_rows_without_an_image_give_their_place_to_the_next(tmp_path):
+    bad = Unreadable(limit=3, listing=tmp_path / "bad" / "rows.jsonl")
+    good = ids(training_batches(Rows(10), 5, seed=3), 4)
+    found = ids(training_batches(Broken(10), 5, seed=3, unreadable=bad), 4)
+    instead = {2: 4, 3: 4, 7: 8}
+    assert found == [[instead.get(i, i) for i in batch] for batch in good]
+    assert sorted(bad.problems) == ["2", "3", "7"]
+    lines = [json.loads(line) for line in (tmp_path / "bad" / "rows.jsonl").open()]
+    assert sorted(line["id"] for line in lines) == ["2", "3", "7"]  # once each, over two epochs
+    assert ids(training_batches(Broken(10), 5, 3, 2, Unreadable(3)), 2) == found[2:]
+
+
+def test_one_more_than_allowed_is_an_error():
+    with pytest.raises(RowError, match="field 'image'"):
+        ids(training_batches(Broken(10), 5, seed=3, unreadable=Unreadable(limit=2)), 2)
+
+
+def test_evaluations_leave_them_out():
+    assert ids(evaluation_batches(Broken(10), 2, 10, unreadable=Unreadable(3)), 9) == [
+        [0, 1], [4, 5], [6], [8, 9],
+    ]  # fmt: skip
+
+
+def test_a_source_without_any_image_is_an_error():
+    class Nothing(Broken):
+        def __getitem__(self, index):
+            return super().__getitem__(2)
+
+    with pytest.raises(ValueError, match="no row of the data has an image"):
+        next(training_batches(Nothing(4), 2, seed=0, unreadable=Unreadable(4)))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from p2r_jax.ops.log_probs import masked_logits
 from p2r_jax.parallel.hlo import collectives, parse
 from p2r_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, parameter_shardings
 from p2r_jax.parallel.topology import tpu_mesh
-from p2r_jax.qwen3_vl.layers import LayerNorm, Linear, RMSNorm, stack
+from p2r_jax.qwen3_vl.layers import LayerNorm, Linear, RMSNorm, look_up, stack
 
 ROWS, TOKENS, WIDTH, HIDDEN, LAYERS = 16, 384, 128, 256, 3
 
@@ -93,6 +94,21 @@ class TestValues:
         scale = weights["scale"].get_value()
         assert scale.dtype == jnp.float32
         assert relative_error(scale, (normed * wide_dy).sum((0, 1))) < 0.3 * ROUNDING
+
+    def test_embedding_and_unembedding(self):
+        """A token that occurs often adds up many small terms."""
+        table = jax.random.normal(jax.random.key(0), (8, 16))
+        tokens, dy = jnp.arange(ROWS * TOKENS) % 4, bfloat16(1, ROWS * TOKENS, 16)
+        _, pull = jax.vjp(lambda table: look_up(table, tokens, jnp.bfloat16), table)
+        expected = np.zeros(table.shape)
+        np.add.at(expected, np.asarray(tokens), np.asarray(dy, np.float64))
+        assert relative_error(pull(dy)[0], expected) < 1e-5
+
+        hidden, dz = bfloat16(2, ROWS * TOKENS, 16), jax.random.normal(jax.random.key(3), (8,))
+        _, pull = jax.vjp(lambda table: masked_logits(hidden, table, jnp.ones(8, bool)), table)
+        (found,) = pull(jnp.broadcast_to(dz, (ROWS * TOKENS, 8)))
+        wide = np.asarray(hidden, np.float64).sum(0)
+        assert relative_error(found, np.outer(np.asarray(dz, np.float64), wide)) < 1e-5
 
     def test_float32_weights_are_rounded_to_the_input_s_dtype(self):
         block, x = Block(nnx.Rngs(0)), bfloat16(1, 2, 8, WIDTH)
