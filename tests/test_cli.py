@@ -12,9 +12,8 @@ import yaml
 from p2r_jax import cli
 from p2r_jax.config import TrainConfig
 from p2r_jax.data.visual_search import VisualSearch
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-RELEASED = ["p2r_2b.yaml", "p2r_4b.yaml", "p2r_8b.yaml"]
+from p2r_jax.rl import launch
+from p2r_jax.rl.stop import Preempted, RunStopped
 
 
 def run(capsys, *argv: str) -> tuple[int, str]:
@@ -24,11 +23,6 @@ def run(capsys, *argv: str) -> tuple[int, str]:
     except SystemExit as end:
         code = int(end.code or 0)
     return code, capsys.readouterr().err
-
-
-def train_config(*argv: str) -> TrainConfig:
-    parser = cli._train_parser()
-    return cli._dataclass_of(parser, parser.parse_args(list(argv)), TrainConfig)
 
 
 @pytest.fixture
@@ -59,92 +53,6 @@ def test_help_needs_neither_jax_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-# --- configs ----------------------------------------------------------------------------------
-
-
-def test_options_override_the_file_and_keep_its_siblings():
-    config = train_config(
-        "--config",
-        str(CONFIGS / "tiny.yaml"),
-        "--optimizer.learning_rate=1e-5",
-        "--run",
-        "elsewhere",
-    )
-    assert config.run == "elsewhere"
-    assert config.optimizer.learning_rate == 1e-5
-    assert config.optimizer.freeze_vision is True
-    assert config.mesh.cpu_devices == 2
-    assert [phase.role for phase in config.phases] == ["perceiver", "reasoner"]
-
-
-def test_nested_values_of_a_file_reach_their_fields(tmp_path):
-    file = tmp_path / "own.yaml"
-    file.write_text(
-        "model: {max_pixels: 4096}\n"
-        "phases: [{role: reasoner, steps: 3, prompts: 4, microbatch: 2}]\n"
-        "loss: {dual_clip: null, clip_high: 0.3}\n"
-        "eval: {modes: [p2r, default]}\n"
-    )
-    config = train_config("--config", str(file))
-    assert config.model.max_pixels == 4096
-    assert config.model.path == "tiny"
-    (phase,) = config.phases
-    assert (phase.role, phase.steps, phase.microbatch, phase.group) == ("reasoner", 3, 2, 8)
-    assert (config.loss.dual_clip, config.loss.clip_high, config.loss.clip_low) == (None, 0.3, 0.2)
-    assert config.eval.modes == ["p2r", "default"]
-
-
-def test_a_config_that_was_written_reads_back_equal(tmp_path):
-    config = train_config("--config", str(CONFIGS / "tiny.yaml"))
-    cli.dump_config(config, tmp_path / "run" / "config.yaml")
-    assert train_config("--config", str(tmp_path / "run" / "config.yaml")) == config
-
-
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
-def test_every_shipped_config_is_valid(file):
-    train_config("--config", str(file)).validate()
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_the_released_recipe_is_the_authors(name):
-    """P2R §2, number by number."""
-    config = train_config("--config", str(CONFIGS / name))
-    perceiver, reasoner = config.phases
-    for phase in config.phases:
-        assert (phase.steps, phase.prompts, phase.group) == (156, 64, 8)
-        assert phase.temperature == 1.0
-        assert phase.partner_max_new_tokens == 2048
-        assert phase.role_anchor == 0
-    assert (perceiver.role, perceiver.max_new_tokens) == ("perceiver", 1024)
-    assert (reasoner.role, reasoner.max_new_tokens) == ("reasoner", 2048)
-    assert (config.model.min_pixels, config.model.max_pixels) == (4096, 2_097_152)
-    optimizer = config.optimizer
-    assert (optimizer.learning_rate, optimizer.warmup_steps) == (1e-6, 0)
-    assert optimizer.final_fraction == 1.0
-    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.999, 1e-8)
-    assert (optimizer.weight_decay, optimizer.grad_clip) == (0.01, 1.0)
-    assert not optimizer.freeze_vision
-    loss = config.loss
-    assert (loss.clip_low, loss.clip_high, loss.dual_clip) == (0.2, 0.2, 3.0)
-    assert (loss.kl_weight, loss.kl_kind, loss.aggregation) == (0.01, "k3", "token-mean")
-    assert loss.normalize_by_std
-    assert (config.eval.every, config.checkpoint.every) == (10, 30)
-    assert (config.model.compute_dtype, config.model.remat) == ("bfloat16", True)
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_the_released_buckets_hold_one_to_four_images(name):
-    """2048 visual tokens of 32x32 pixels an image, four patches each, and room for the text."""
-    buckets = train_config("--config", str(CONFIGS / name)).buckets
-    assert set(buckets.patches) >= {8192, 4 * 8192}
-    assert buckets.prompt_tokens[0] == 2560
-    assert buckets.prompt_tokens[-1] == 8704
-    for images in (1, 2, 3, 4):
-        text = 512
-        assert any(n >= images * 2048 + text for n in buckets.prompt_tokens)
-        assert any(n >= images * 8192 for n in buckets.patches)
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -196,10 +104,12 @@ def test_a_missing_config_file_is_named(capsys):
     "phase, field",
     [
         ({"steps": 0}, "phases[0].steps"),
-        ({"prompts": 6, "microbatch": 4}, "phases[0].microbatch"),
+        ({"prompts": 6, "microbatch": 4}, "phases[0].prompts"),
         ({"temperature": 0.0}, "phases[0].temperature"),
-        ({"role_anchor": 0.5, "role_anchor_prompts": 65}, "phases[0].role_anchor_prompts"),
-        ({"role": "baseline", "role_anchor": 0.5}, "phases[0]"),
+        ({"steps": 3, "epochs": 1.0}, "phases[0].steps and epochs"),
+        ({"role_anchor": 0.5, "role_anchor_prompts": 0}, "phases[0].role_anchor"),
+        ({"role": "baseline", "role_anchor": 0.5}, "phases[0].role_anchor"),
+        ({"role": "joint", "dynamic_sampling": 1}, "phases[0].dynamic_sampling"),
     ],
 )
 def test_a_field_that_cannot_work_is_named(capsys, tmp_path, phase, field):
@@ -289,6 +199,101 @@ def test_a_missing_prompt_module_is_named(capsys, tmp_path):
     code, err = run(capsys, *argv)
     assert code == 2
     assert "nowhere.py" in one_line(err)
+
+
+# --- exit codes -------------------------------------------------------------------------------
+
+
+class TestExitCodes:
+    """What launchers act on: 75 means the same command again, 2 means a person, 1 means a bug."""
+
+    @pytest.fixture
+    def train(self, capsys, monkeypatch):
+        """Code and standard error of a training that ends with an exception, or well."""
+
+        def ending(error: BaseException | None) -> tuple[int, str]:
+            def train(config):
+                assert isinstance(config, TrainConfig)
+                if error is not None:
+                    raise error
+
+            monkeypatch.setattr(launch, "train", train)
+            return run(capsys, "train")
+
+        return ending
+
+    def test_0_if_all_went_well(self, train):
+        assert train(None) == (0, "")
+
+    def test_75_if_the_run_was_asked_to_end(self, train):
+        text = "SIGTERM: the run is saved at step 3 of 4"
+        assert train(Preempted(text)) == (75, f"p2r train: {text}\n")
+
+    @pytest.mark.parametrize(
+        "error", [RunStopped("too many"), ValueError("a setting"), OSError("a disk")]
+    )
+    def test_2_if_a_person_must_change_something(self, train, error):
+        assert train(error) == (2, f"p2r train: {error}\n")
+
+    def test_1_and_where_it_happened_if_it_is_a_bug(self, train):
+        code, err = train(ZeroDivisionError("oh"))
+        assert code == 1
+        assert "Traceback" in err
+        assert err.endswith("ZeroDivisionError: oh\n")
+
+    def test_a_traceback_on_request(self, train, monkeypatch):
+        monkeypatch.setenv("P2R_TRACEBACK", "1")
+        with pytest.raises(ValueError, match="a setting"):
+            train(ValueError("a setting"))
+
+    @pytest.mark.parametrize("processes, expected", [(1, 1), (2, 75)])
+    def test_75_if_another_process_is_gone(self, train, monkeypatch, processes, expected):
+        """Alone, the same error can only be a bug."""
+        import jax
+
+        monkeypatch.setattr(jax, "process_count", lambda: processes)
+        code, err = train(jax.errors.JaxRuntimeError("UNAVAILABLE: closed\nmore\nand more"))
+        assert code == expected
+        if expected == 75:
+            assert "goes on from the last checkpoint. UNAVAILABLE: closed" in one_line(err)
+            assert "and more" not in err
+
+    def test_a_second_ctrl_c_is_not_caught(self, train):
+        with pytest.raises(KeyboardInterrupt):
+            train(KeyboardInterrupt())
+
+    def test_one_of_several_processes_ends_at_once(self, train, monkeypatch):
+        """An orderly end would wait for the others, which wait for this one."""
+        import jax
+
+        class Ended(BaseException):
+            pass
+
+        def end(code):
+            raise Ended(code)
+
+        monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(cli.os, "_exit", end)
+        with pytest.raises(Ended, match="2"):
+            train(RunStopped("too many"))
+        # When all were asked to end, they do so in order.
+        assert train(Preempted("SIGTERM"))[0] == 75
+
+    def test_settings_that_are_not_a_process_of_several_are_named(self, capsys, tmp_path):
+        argv = ["--run", str(tmp_path / "run"), "--distributed.processes", "2"]
+        code, err = run(capsys, "train", *argv)
+        assert code == 2
+        assert "distributed.coordinator" in one_line(err)
+
+    @pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])
+    def test_a_dry_run_does_not_train(self, train, monkeypatch, flag, capsys):
+        from p2r_jax.rl import dry_run
+
+        configs = []
+        monkeypatch.setattr(dry_run, "dry_run", configs.append)
+        monkeypatch.setattr(launch, "train", lambda config: pytest.fail("it trained"))
+        assert run(capsys, "train", flag, "--seed", "3") == (0, "")
+        assert [config.seed for config in configs] == [3]
 
 
 # --- the commands themselves ------------------------------------------------------------------

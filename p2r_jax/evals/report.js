@@ -8,26 +8,33 @@ for (const bar of document.querySelectorAll(".filters")) {
   const fields = [...bar.querySelectorAll("select")];
   const search = bar.querySelector("[data-search]");
   const count = bar.querySelector("output");
-  const empty = gallery.nextElementSibling;
+  const empty = gallery.parentElement.querySelector(".empty");
+  const more = gallery.parentElement.querySelector(".more");
+  const page = Number(bar.dataset.page);
+  let limit = page;
 
   const apply = () => {
     const wanted = fields.filter((f) => f.value).map((f) => [f.dataset.field, f.value.slice(1)]);
     const terms = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
+    let matching = 0;
     for (const card of cards) {
       if (terms.length && !words.has(card)) words.set(card, card.textContent.toLowerCase());
       const keep = wanted.every(([field, value]) => card.dataset[field] === value)
         && terms.every((term) => words.get(card).includes(term));
-      card.hidden = !keep;
-      shown += keep;
+      matching += keep;
+      card.hidden = !keep || matching > limit;
     }
-    empty.hidden = shown > 0;
-    count.textContent = `${shown} of ${cards.length} shown`;
+    empty.hidden = matching > 0;
+    more.hidden = matching <= limit;
+    const all = matching < cards.length ? `, ${cards.length} in all` : "";
+    count.textContent = `${Math.min(matching, limit)} of ${matching} shown${all}`;
   };
-  bar.addEventListener("input", apply);
+  bar.addEventListener("input", () => { limit = page; apply(); });
+  more.addEventListener("click", () => { limit += page; apply(); });
   bar.querySelector("[data-reset]").addEventListener("click", () => {
     for (const field of fields) field.value = "";
     search.value = "";
+    limit = page;
     apply();
   });
   for (const field of fields) {
@@ -52,56 +59,73 @@ document.addEventListener("click", (event) => {
 // Charts: values at the step under the pointer, or moved to with the arrow keys.
 const hover = JSON.parse(document.getElementById("hover").textContent);
 const tooltip = document.getElementById("tooltip");
-const text = (value) => (value === null ? "–" : Number(value).toPrecision(4).replace(/\.?0+$|\.?0+(?=e)/, ""));
+const text = (value) => (value === null ? "–" : Number(value).toPrecision(4).replace(/\.0+$|(\.\d*?)0+$|\.?0+(?=e)/, "$1"));
+
+const linesOf = (chart, step) => {
+  const lines = [`step ${step}`];
+  let total = 0;
+  for (const series of chart.series) {
+    const i = series.step.indexOf(step);
+    if (i < 0) continue;
+    if (chart.stacked && !series.value[i]) continue;
+    total += series.value[i];
+    const range = series.range && series.range[i] ? `   ${series.range[i].map(text).join(" – ")}` : "";
+    const mean = series.mean ? `   mean ${text(series.mean[i])}` : "";
+    lines.push(`${series.name ? series.name + "  " : ""}${text(series.value[i])}${chart.unit}${mean}${range}`);
+  }
+  if (chart.stacked) lines.push(`all  ${text(total)}${chart.unit}`);
+  return lines;
+};
 
 for (const figure of document.querySelectorAll("[data-chart]")) {
   const chart = hover.charts[Number(figure.dataset.chart)];
-  const svg = figure.querySelector("svg");
-  const cursor = svg.querySelector(".cursor");
   const steps = [...new Set(chart.series.flatMap((s) => s.step))].sort((a, b) => a - b);
   if (!steps.length) continue;
+  const drawings = [...figure.querySelectorAll("svg")];
   let at = steps.length - 1;
 
   const show = (index) => {
     at = Math.max(0, Math.min(steps.length - 1, index));
     const step = steps[at];
     const share = chart.last > chart.first ? (step - chart.first) / (chart.last - chart.first) : 0.5;
-    const x = hover.left + share * (hover.right - hover.left);
+    // A wide chart is drawn twice; the window's width hides one of them.
+    const svg = drawings.find((drawing) => drawing.getClientRects().length) || drawings[0];
+    const left = Number(svg.dataset.left), right = Number(svg.dataset.right);
+    const x = left + share * (right - left);
+    const cursor = svg.querySelector(".cursor");
     cursor.setAttribute("x1", x);
     cursor.setAttribute("x2", x);
-    const lines = [`step ${step}`];
-    for (const series of chart.series) {
-      const i = series.step.indexOf(step);
-      if (i < 0) continue;
-      const mean = series.mean ? `   mean ${text(series.mean[i])}` : "";
-      lines.push(`${series.name ? series.name + "  " : ""}${text(series.value[i])}${mean}`);
-    }
-    tooltip.textContent = lines.join("\n");
+    tooltip.textContent = linesOf(chart, step).join("\n");
     tooltip.hidden = false;
     const frame = svg.getBoundingClientRect();
-    const left = frame.left + x * frame.width / svg.viewBox.baseVal.width + 12;
-    const flip = left + tooltip.offsetWidth > innerWidth - 8;
-    tooltip.style.left = `${Math.max(4, flip ? left - tooltip.offsetWidth - 24 : left)}px`;
+    const place = frame.left + x * frame.width / svg.viewBox.baseVal.width + 12;
+    const flip = place + tooltip.offsetWidth > innerWidth - 8;
+    tooltip.style.left = `${Math.max(4, flip ? place - tooltip.offsetWidth - 24 : place)}px`;
     tooltip.style.top = `${Math.max(4, frame.top - tooltip.offsetHeight + 14)}px`;
   };
   const hide = () => {
     tooltip.hidden = true;
-    cursor.setAttribute("x1", -9);
-    cursor.setAttribute("x2", -9);
-  };
-  svg.addEventListener("pointermove", (event) => {
-    const frame = svg.getBoundingClientRect();
-    const x = (event.clientX - frame.left) / frame.width * svg.viewBox.baseVal.width;
-    const share = (x - hover.left) / (hover.right - hover.left);
-    const target = chart.first + share * (chart.last - chart.first);
-    let low = 0, high = steps.length - 1;
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (steps[middle] < target) low = middle + 1; else high = middle;
+    for (const drawing of drawings) {
+      drawing.querySelector(".cursor").setAttribute("x1", -9);
+      drawing.querySelector(".cursor").setAttribute("x2", -9);
     }
-    show(low > 0 && target - steps[low - 1] < steps[low] - target ? low - 1 : low);
-  });
-  svg.addEventListener("pointerleave", hide);
+  };
+  for (const svg of drawings) {
+    const left = Number(svg.dataset.left), right = Number(svg.dataset.right);
+    svg.addEventListener("pointermove", (event) => {
+      const frame = svg.getBoundingClientRect();
+      const x = (event.clientX - frame.left) / frame.width * svg.viewBox.baseVal.width;
+      const target = chart.first + (x - left) / (right - left) * (chart.last - chart.first);
+      let low = 0, high = steps.length - 1;
+      while (low < high) {
+        const middle = (low + high) >> 1;
+        if (steps[middle] < target) low = middle + 1; else high = middle;
+      }
+      const before = !chart.stacked && low > 0 && target - steps[low - 1] < steps[low] - target;
+      show(before ? low - 1 : low);
+    });
+    svg.addEventListener("pointerleave", hide);
+  }
   figure.addEventListener("focus", () => { if (figure.matches(":focus-visible")) show(at); });
   figure.addEventListener("blur", hide);
   figure.addEventListener("keydown", (event) => {

@@ -11,26 +11,34 @@ model is untrusted and is only ever inserted escaped.
 from __future__ import annotations
 
 import base64
-import collections
 import datetime
 import hashlib
 import importlib.resources
-import itertools
 import os
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import markupsafe
 
-from p2r_jax.evals import charts, scoring
+from p2r_jax.evals import charts
+from p2r_jax.evals.chart_phases import is_step
+from p2r_jax.evals.report_gallery import eval_card, sample_groups
+from p2r_jax.evals.report_progress import Progress, progress_of
+from p2r_jax.evals.report_results import (
+    Evaluation,
+    Headline,
+    comparisons_of,
+    eval_order,
+    evaluations_of,
+    headline_of,
+    mapping,
+)
 from p2r_jax.evals.run_folder import (
     CROP_SIDE,
     INPUTS,
     Pictures,
-    boxes_of,
     is_number,
     natural,
     pick_samples,
@@ -39,6 +47,7 @@ from p2r_jax.evals.run_folder import (
     read_text,
     stratified,
 )
+from p2r_jax.evals.stage_time import StageTime, stage_time
 
 IMAGE_SIDE = 640
 """Longest side of an embedded picture, pixels."""
@@ -59,8 +68,8 @@ def write_report(
     Args:
       run_dir: folder written by training or evaluation, finished or not; see `INPUTS`.
       out: file to write; default `run_dir/report.html`.  Replaced in one move.
-      max_cards: most answers to show, evaluation and training together; a quarter of them, or
-        what evaluation leaves over, are training samples.
+      max_cards: most answers to show, evaluation and training together; half of them, or what
+        evaluation leaves over, are training samples.
       image_side: longest side of an embedded picture, pixels.
 
     Raises:
@@ -77,41 +86,61 @@ def write_report(
     notes: list[str] = []
     pictures = Pictures(run, image_side)
     evals = {p.stem: read_jsonl(p, notes) for p in run.glob("eval/*.jsonl")}
-    evals = {name: evals[name] for name in sorted(evals, key=_eval_order)}
+    evals = {name: evals[name] for name in sorted(evals, key=eval_order)}
+    # The newest evaluation first, and of it the mode that counts.
     records = [{**r, "eval": name} for name, rows in evals.items() for r in rows]
+    records.sort(key=lambda r: (list(evals).index(r["eval"]), r.get("mode") == "p2r"), reverse=True)
     sample_files = sorted(run.glob("samples/step_*.jsonl"), key=lambda p: natural(p.name))
-    n_samples = max(max_cards // 4, max_cards - len(records)) if sample_files else 0
+    n_samples = max(max_cards // 2, max_cards - len(records)) if sample_files else 0
     samples, files_used = pick_samples(sample_files, n_samples, notes)
     picked = stratified(
         records,
         max_cards - len(samples),
         lambda r: tuple(str(r.get(k)) for k in ("eval", "mode", "correct")),
     )
-    curves = charts.curves(read_jsonl(run / "metrics.jsonl", notes))
-    results = _results(evals, run, notes)
+    rows = read_jsonl(run / "metrics.jsonl", notes)
+    summary = read_json(run / "summary.json", notes)
+    stages = {k: float(v) for k, v in mapping(summary.get("stages")).items() if is_number(v)}
+    curves = charts.curves(rows)
+    time = stage_time(rows, stages) or StageTime.of(stages)
+    evaluations = evaluations_of(run, evals, summary, notes)
+    finished = {e.name for e in evaluations if e.finished} or set(evals)
+    compared = {name: records for name, records in evals.items() if name in finished}
+    comparisons = comparisons_of(compared, notes)
+    headline = headline_of(evaluations, comparisons)
+    progress = progress_of(run, rows, notes)
     context = {
         "name": run.resolve().name,
-        "generated": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "summary": _summary(run, notes),
+        "generated": datetime.datetime.now(datetime.UTC),
+        "progress": progress,
+        "facts": _facts(summary),
+        "wall_seconds": summary.get("wall_seconds") or (time.whole.total if time else None),
         "curves": curves,
-        "geometry": charts,
-        "results": results,
+        "time": time,
+        "headline": headline,
+        "newest": _newest(rows, headline),
+        "evaluations": evaluations,
         "categories": sorted(
-            {c for row in results for c in _mapping(row["summary"].get("by_category"))}
+            {
+                c
+                for e in evaluations
+                for s in e.modes.values()
+                for c in mapping(s.get("by_category"))
+            }
         ),
-        "comparisons": _comparisons(evals, notes),
-        "cards": [_eval_card(record, pictures) for record in picked],
+        "comparisons": comparisons,
+        "cards": [eval_card(record, pictures) for record in picked],
         "records_total": len(records),
-        "groups": _sample_groups(samples, pictures),
+        "groups": sample_groups(samples, pictures, curves.phases),
         "samples_shown": len(samples),
         "sample_files": (files_used, len(sample_files)),
         "config": read_text(run / "config.yaml"),
         "pictures": pictures,
         "image_side": image_side,
         "crop_side": CROP_SIDE,
-        "missing": missing,
+        "missing": _missing(missing, progress),
         "notes": notes,
-        "hover": [c.hover for group in curves.groups for c in group.charts],
+        "hover": [c.hover for c in _all_charts(curves, time)],
     }
     path = run / "report.html" if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,8 +162,10 @@ def render(context: Mapping[str, Any]) -> str:
     )
     env.filters.update(
         percent=percent,
+        points=points,
         number=number,
         duration=duration,
+        seconds=lambda s: f"{s:,.1f}",
         capitalize_first=lambda t: t[:1].upper() + t[1:],
     )
     script = _resource("report.js")
@@ -152,11 +183,18 @@ def percent(value: Any) -> str:
     return f"{100 * value:.1f} %" if is_number(value) else "–"
 
 
+def points(value: Any) -> str:
+    """0.198 -> "+19.8": a difference of accuracies, in percentage points."""
+    return f"{100 * value:+.1f}" if is_number(value) else "–"
+
+
 def number(value: Any, digits: int = 3) -> str:
-    """A number with `digits` significant digits, counts in full; a dash for what is none."""
+    """A number with `digits` significant digits, counts and thousands in full; a dash for none."""
     if not is_number(value):
         return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.{digits}g}"
 
 
 def duration(seconds: Any) -> str:
@@ -169,192 +207,39 @@ def duration(seconds: Any) -> str:
     return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
 
 
-def _summary(run: Path, notes: list[str]) -> dict[str, Any]:
-    """Headline rows, wall time by stage, and whatever else summary.json says in one value."""
-    summary = read_json(run / "summary.json", notes)
-    entries: dict[str, dict[str, Any]] = {}
-    for name, value in summary.items():
-        if _has_accuracy(value):  # The headline mode; all modes are in the evaluation table.
-            entries[name] = {k: v for k, v in value.items() if k != "modes"}
-        elif isinstance(value, dict) and isinstance(value.get("modes"), dict):
-            entries |= {f"{name}, {m}": v for m, v in value["modes"].items() if _has_accuracy(v)}
-    shown = ("accuracy", "low", "high", "n")
-    numbers = [k for e in entries.values() for k, v in e.items() if is_number(v)]
-    figures = [k for k in numbers if k not in shown and not k.startswith("hit_")]
-    stages = _mapping(summary.get("stages"))
-    return {
-        "entries": entries,
-        "figures": list(dict.fromkeys(k for k in figures if not k.endswith("_n"))),
-        "stages": {k: float(v) for k, v in stages.items() if is_number(v) and v >= 0},
-        "facts": {k: v for k, v in summary.items() if isinstance(v, (str, int, float))},
-    }
+def _categories(evaluations: Sequence[Evaluation]) -> list[str]:
+    modes = (summary for e in evaluations for summary in e.modes.values())
+    return sorted({name for summary in modes for name in mapping(summary.get("by_category"))})
 
 
-def _results(
-    evals: Mapping[str, Sequence[Mapping[str, Any]]], run: Path, notes: list[str]
-) -> list[dict[str, Any]]:
-    """One row per evaluation and mode, counted from the records, else as stored beside them."""
-    names = sorted({p.stem for p in run.glob("eval/*.json")} | set(evals), key=_eval_order)
-    rows = []
-    for name in names:
-        try:
-            modes = scoring.summarize_modes(name, evals.get(name, []))["modes"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            notes.append(f"eval/{name}.jsonl cannot be scored: {type(error).__name__}: {error}")
-            modes = {}
-        if not modes:
-            stored = read_json(run / "eval" / f"{name}.json", notes).get("modes")
-            modes = dict(_mapping(stored))
-        rows += [
-            {"eval": name, "mode": mode, "summary": summary}
-            for mode, summary in modes.items()
-            if _has_accuracy(summary)
-        ]
-    return rows
+def _newest(rows: Sequence[Mapping[str, Any]], headline: Headline | None) -> dict[str, Any] | None:
+    """The newest short evaluation of the headline's mode, if no full one came after it."""
+    name = f"eval/{headline.mode if headline else 'p2r'}"
+    found = [r for r in rows if is_step(r.get("step")) and is_number(r.get(f"{name}/accuracy"))]
+    row = max(found, key=lambda r: (r["step"], r.get("phase") == "eval"), default=None)
+    if row is None or row.get("phase") == "eval":
+        return None
+    return {"step": row["step"]} | {k: row.get(f"{name}/{k}") for k in ("accuracy", "low", "high")}
 
 
-def _comparisons(
-    evals: Mapping[str, Sequence[Mapping[str, Any]]], notes: list[str]
-) -> list[dict[str, Any]]:
-    """Paired tests: `default` with every other mode, and each evaluation with the next."""
-    sides = {
-        (name, mode): records
-        for name in evals
-        for mode, records in scoring.by_mode(
-            r for r in evals[name] if isinstance(r.get("mode"), str)
-        ).items()
-    }
-    pairs = [
-        ((n, "default"), (n, m)) for n, m in sides if m != "default" and (n, "default") in sides
-    ]
-    for mode in dict.fromkeys(mode for _, mode in sides):
-        names = [name for name, other in sides if other == mode]
-        pairs += [((a, mode), (b, mode)) for a, b in itertools.pairwise(names)]
-    rows = []
-    for a, b in pairs:
-        try:
-            if not {r["id"] for r in sides[a]} & {r["id"] for r in sides[b]}:
-                continue  # Two benchmarks: nothing to pair.
-            rows.append({"a": a, "b": b, **scoring.compare(sides[a], sides[b])})
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"{type(error).__name__}: {error}"
-            notes.append(f"{' '.join(a)} and {' '.join(b)} cannot be compared: {problem}")
-    return rows
+def _missing(missing: Mapping[str, str], progress: Progress | None) -> dict[str, str]:
+    """Inputs that are not there, without what an unfinished run is known to write later."""
+    later = progress is not None and not progress.finished
+    return {k: v for k, v in missing.items() if not (later and k == "summary.json")}
 
 
-def _eval_card(record: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
-    options = record.get("options")
-    if isinstance(options, dict):
-        options = list(options.values())
-    crops = record.get("crops")
-    return {
-        **{k: record.get(k) for k in ("id", "eval", "answer", "prediction", "hit")},
-        **{k: record.get(k) for k in ("iou", "area", "parse_ok", "perceiver_text")},
-        "mode": str(record.get("mode") or ""),
-        "category": str(record.get("category") or ""),
-        "question": record.get("question") or "",
-        "reasoner_text": record.get("reasoner_text"),
-        "right": record.get("correct") == 1,
-        "options": list(zip(string.ascii_uppercase, options, strict=False))
-        if isinstance(options, (list, tuple))
-        else [],
-        "view": _view(record, pictures),
-        "crops": [
-            {"path": crop, "picture": pictures.add(crop, CROP_SIDE)}
-            for crop in (crops if isinstance(crops, list) else [])
-        ],
-    }
+def _all_charts(curves: charts.Curves, time: StageTime | None) -> Iterator[charts.Chart]:
+    """In the order of the page, which numbers them."""
+    yield from (chart for group in curves.groups if not group.rest for chart in group.charts)
+    if time and time.chart:
+        yield time.chart
+    yield from (chart for group in curves.groups if group.rest for chart in group.charts)
 
 
-def _sample_groups(
-    samples: Sequence[Mapping[str, Any]], pictures: Pictures
-) -> list[dict[str, Any]]:
-    """Completions of one prompt in one step, together: the group an advantage compares."""
-    groups: dict[tuple, list[Mapping[str, Any]]] = collections.defaultdict(list)
-    for s in samples:
-        key = (s.get(k) for k in ("step", "phase", "role", "id"))
-        groups[tuple("" if part is None else str(part) for part in key)].append(s)
-    cards = []
-    for (step, phase, role, id_), members in groups.items():
-        views = [_view(member, pictures) for member in members]
-        shared = all(view == views[0] for view in views)
-        cards.append(
-            {
-                "step": step,
-                "phase": phase,
-                "role": role,
-                "id": id_,
-                "question": members[0].get("question") or "",
-                "answer": members[0].get("answer"),
-                "shared_view": views[0] if shared else None,
-                "rewards": [m.get("reward") for m in members],
-                "members": [
-                    {
-                        **{k: m.get(k) for k in ("completion", "reward", "advantage")},
-                        "partner": m.get("partner_completion"),
-                        "parts": _parts(m),
-                        "view": None if shared else view,
-                    }
-                    for m, view in zip(members, views, strict=True)
-                ],
-            }
-        )
-    return cards
-
-
-def _view(record: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
-    """What a figure draws: the picture, or an empty canvas of its shape, and boxes on it."""
-    path = record.get("image")
-    picture = pictures.add(path)
-    source: Mapping[str, Any] = picture or record
-    width, height = source.get("width"), source.get("height")
-    if not (is_number(width) and is_number(height) and width > 0 and height > 0):
-        width, height = 4, 3
-    scale = 1000 / max(width, height)
-    canvas = (round(width * scale, 1), round(height * scale, 1))
-
-    def rectangles(value: Any) -> list[dict[str, Any]]:
-        shapes = []
-        for box in boxes_of(value):
-            x1, y1, x2, y2 = (min(max(c, 0.0), 1000.0) / 1000 for c in box["bbox"])
-            shapes.append(
-                {
-                    **box,
-                    "x": round(x1 * canvas[0], 1),
-                    "y": round(y1 * canvas[1], 1),
-                    "width": round(max(0.0, x2 - x1) * canvas[0], 1),
-                    "height": round(max(0.0, y2 - y1) * canvas[1], 1),
-                }
-            )
-        return shapes
-
-    return {
-        "path": path,
-        "picture": picture,
-        "problem": pictures.problems.get(path) if isinstance(path, str) else None,
-        "canvas": canvas,
-        "scale": (canvas[0] / width, canvas[1] / height),
-        "boxes": rectangles(record.get("boxes")),
-        "true_boxes": rectangles(record.get("true_boxes")),
-    }
-
-
-def _parts(sample: Mapping[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in _mapping(sample.get("reward_parts")).items() if is_number(v)}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _has_accuracy(value: Any) -> bool:
-    return isinstance(value, dict) and "accuracy" in value
-
-
-def _eval_order(name: str) -> tuple[int, list[Any]]:
-    """`before` first, `after` last, other names in numeric order between."""
-    rank = 0 if name.startswith("before") else 2 if name == "after" else 1
-    return rank, natural(name)
+def _facts(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Whatever else summary.json says in one value."""
+    shown = {k: v for k, v in summary.items() if isinstance(v, (str, int, float))}
+    return {k: v for k, v in shown.items() if k != "wall_seconds"}
 
 
 def _resource(name: str) -> str:

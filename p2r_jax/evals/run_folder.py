@@ -109,18 +109,19 @@ def stratified(
 ) -> list[Any]:
     """At most `limit` items, taken in turn from every stratum, in the original order.
 
-    Within a stratum the choice goes by a hash of `id`: it does not change between runs of the
-    report, and strata over the same questions tend to show the same questions.
+    Within a stratum items with a picture come first, and then the choice goes by a hash of `id`: it
+    does not change between runs of the report, and strata over the same questions tend to show the
+    same questions.
     """
-    strata: dict[tuple, list[tuple[int, int]]] = collections.defaultdict(list)
+    strata: dict[tuple, list[tuple[bool, int, int]]] = collections.defaultdict(list)
     items = list(items)
     for index, item in enumerate(items):
-        strata[stratum(item)].append((_hash(item.get("id")), index))
+        strata[stratum(item)].append((not item.get("image"), _hash(item.get("id")), index))
     queues = [collections.deque(sorted(members)) for members in strata.values()]
     chosen: list[int] = []
     while queues and len(chosen) < limit:
         for queue in queues[: limit - len(chosen)]:
-            chosen.append(queue.popleft()[1])
+            chosen.append(queue.popleft()[-1])
         queues = [queue for queue in queues if queue]
     return [items[index] for index in sorted(chosen)]
 

@@ -32,7 +32,8 @@ from p2r_jax.parallel.topology import tpu_mesh
 from p2r_jax.qwen3_vl import Qwen3VLConfig
 from p2r_jax.qwen3_vl.hf import abstract_model
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts
-from p2r_jax.rl.step import TrainingBatch, TrainState, layout_of, make_optimizer, train_step
+from p2r_jax.rl.optimizer import make_optimizer
+from p2r_jax.rl.step import Objective, TrainingBatch, TrainState, layout_of, train_step
 
 CONFIGS = Path(__file__).parents[1] / "qwen3_vl" / "configs"
 
@@ -99,20 +100,17 @@ def main() -> None:
         mask=rows(group, response, dtype=bool),
         sampler_log_probs=log_probs,
         advantages=rows(group, dtype=jnp.float32),
+        reference_log_probs=log_probs,
     )
     begin = time.perf_counter()
     compiled = train_step.lower(
         state,
-        batch,
-        log_probs,
+        (batch,),
         None,
         jax.ShapeDtypeStruct((config.text.vocab_size,), bool, sharding=whole),
         graph=graph,
         optimizer=optimizer,
-        loss=LossConfig(),
-        temperature=1.0,
-        horizon=response,
-        microbatches=args.microbatches,
+        objectives=(Objective(LossConfig(), horizon=response, microbatches=args.microbatches),),
         remat=True,
         dtype=jnp.bfloat16,
         layout=layout_of(state),

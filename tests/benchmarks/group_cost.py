@@ -40,7 +40,7 @@ from p2r_jax.parallel.flops import matmul_flops
 from p2r_jax.qwen3_vl import Qwen3VLConfig, load_pretrained
 from p2r_jax.qwen3_vl.hf import abstract_model
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
-from p2r_jax.rl.step import TrainingBatch, batch_loss
+from p2r_jax.rl.step import Objective, TrainingBatch, batch_loss
 from p2r_jax.rollout.generate import Schedule, generate
 from p2r_jax.rollout.sampling import Sampling, Vocabulary
 
@@ -202,8 +202,8 @@ def gradient(graph: nnx.GraphDef, allowed: Any, remat: bool = False, dtype: Any 
 
     def run(params: nnx.State, batch: TrainingBatch):
         loss = lambda params: batch_loss(
-            params, graph, batch, None, allowed, jnp.float32(batch.mask.size),
-            loss=LossConfig(kl_weight=0.0), temperature=1.0, horizon=batch.tokens.shape[2],
+            params, graph, batch, allowed, jnp.float32(batch.mask.size),
+            objective=Objective(LossConfig(kl_weight=0.0), horizon=batch.tokens.shape[2]),
             freeze_vision=False, remat=remat, dtype=dtype,
         )  # fmt: skip
         return jax.value_and_grad(loss, has_aux=True)(params)
@@ -400,12 +400,8 @@ def ideal_update_flops(config: Qwen3VLConfig, prompt: int, length: int, group: i
 def against_tunix(python: str, runs: int) -> None:
     """A text-only GRPO step: rollout, reference log-probs and update; tunix repeats the prompt."""
     from p2r_jax.config import OptimizerConfig
-    from p2r_jax.rl.step import (
-        make_optimizer,
-        new_state,
-        reference_log_probs,
-        train_step,
-    )  # fmt: skip
+    from p2r_jax.rl.optimizer import make_optimizer
+    from p2r_jax.rl.step import batch_log_probs, new_state, train_step
 
     rows, prompt, length, group = 1, 1024, 32, 8
     config = Qwen3VLConfig.from_hf(CONFIG)
@@ -415,6 +411,7 @@ def against_tunix(python: str, runs: int) -> None:
     prompts = make_prompts(config, prompt, rows, images=False)
     words, sampling = endless(VOCABULARY), Sampling(length, group)
     optimizer = make_optimizer(OptimizerConfig(), 10)
+    objective = Objective(LossConfig(), horizon=length)
     snapshot = jax.tree.map(jnp.copy, params)
     state = new_state(params, optimizer)
 
@@ -427,10 +424,13 @@ def against_tunix(python: str, runs: int) -> None:
             mask=jnp.asarray(out.mask),
             sampler_log_probs=jnp.asarray(out.log_probs),
         )
-        reference = reference_log_probs(graph, snapshot, batch, words.allowed, 1.0)
+        reference = batch_log_probs(
+            graph, snapshot, batch, words.allowed, objective=objective, dtype=jnp.float32
+        )
+        batch = dataclasses.replace(batch, reference_log_probs=reference)
         state, metrics = train_step(
-            state, batch, reference, None, words.allowed, graph=graph, optimizer=optimizer,
-            loss=LossConfig(), temperature=1.0, horizon=length,
+            state, (batch,), None, words.allowed,
+            graph=graph, optimizer=optimizer, objectives=(objective,),
         )  # fmt: skip
         jax.block_until_ready(metrics)
 

@@ -19,12 +19,23 @@ HOSTILE = "<script>document.title='owned'</script> </script><img src=x onerror=a
 CATEGORIES = ("direct_attributes", "relative_position")
 COLORS = ("crimson", "seagreen", "royalblue", "goldenrod")
 PHASE_STEPS = 60
+DRIFT_MODES = ("p2r", "live_perceiver", "live_reasoner")
+CONFIG = """rounds: 1
+phases:
+- role: perceiver
+  steps: 60
+- role: reasoner
+  steps: 60
+eval:
+  final_questions: 24
+export: true
+"""
 WIDTH, HEIGHT = 480, 320
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-phase run: two evaluations of 24 questions in two modes, samples.  Do not change it."""
+    """A two-phase run: three evaluations of 24 questions, samples.  Do not change it."""
     return make_run(tmp_path_factory.mktemp("runs") / "tiny-two-phase")
 
 
@@ -40,22 +51,29 @@ def make_run(run: Path, questions: int = 24) -> Path:
         (run / folder).mkdir(parents=True)
     boxes = [_picture(run / f"images/q{i}.jpg", rng) for i in range(questions)]
     summary: dict[str, Any] = {"model": "tiny", "seed": 17}
-    for name, skill in (("before", 0.35), ("after", 0.8)):
+    skills = {"before": 0.35, "after_phase1_perceiver": 0.6, "after": 0.8}
+    for name, skill in skills.items():
         records = [
             _record(run, i, mode, boxes[i], skill, rng)
-            for mode in ("default", "p2r")
+            for mode in (DRIFT_MODES if "phase" in name else ("default", "p2r"))
             for i in range(questions)
         ]
         write_jsonl(run / f"eval/{name}.jsonl", records)
         stored = scoring.summarize_modes(name, records)
         (run / f"eval/{name}.json").write_text(json.dumps(stored))
         summary[name] = {k: v for k, v in stored["modes"]["p2r"].items() if k != "by_category"}
-    summary["stages"] = {"compile": 41.2, "perceiver 1": 512.0, "reasoner 1": 934.0, "eval": 128.4}
-    (run / "summary.json").write_text(json.dumps(summary))
-    write_jsonl(run / "metrics.jsonl", [_metrics(step, rng) for step in range(2 * PHASE_STEPS)])
-    for step in range(0, 2 * PHASE_STEPS, 20):
+    rows = [_evaluation_row("before", 0, 0.38)]
+    for step in range(1, 2 * PHASE_STEPS + 1):
+        rows.append(_metrics(step, rng))
+        if step % PHASE_STEPS == 0:
+            name = "after" if step > PHASE_STEPS else "after_phase1_perceiver"
+            rows.append(_evaluation_row(name, step, 0.38 + 0.2 * step / PHASE_STEPS))
+    write_jsonl(run / "metrics.jsonl", rows)
+    seconds = {"decode": 360.0, "update": 600.0, "evaluation": 240.0, "export": 12.5}
+    (run / "summary.json").write_text(json.dumps(summary | {"stages": seconds}))
+    for step in range(1, 2 * PHASE_STEPS, 20):
         write_jsonl(run / f"samples/step_{step:06d}.jsonl", _samples(step, boxes, rng))
-    (run / "config.yaml").write_text("model: tiny\ntrain:\n  learning_rate: 1.0e-6\n  group: 8\n")
+    (run / "config.yaml").write_text(CONFIG)
     return run
 
 
@@ -86,7 +104,7 @@ def _near(box: list[int], spread: int, rng: random.Random) -> list[int]:
 def _record(
     run: Path, i: int, mode: str, true_box: list[int], skill: float, rng: random.Random
 ) -> dict[str, Any]:
-    p2r = mode == "p2r"
+    p2r = mode != "default"
     right = rng.random() < (skill if p2r else 0.4)
     answer = "ABCD"[i % 4]
     prediction = answer if right else rng.choice([*(c for c in "ABCD" if c != answer), None])
@@ -129,37 +147,51 @@ def _record(
 
 
 def _metrics(step: int, rng: random.Random) -> dict[str, Any]:
-    phase, local = ("perceiver", "reasoner")[step // PHASE_STEPS], step % PHASE_STEPS
-    progress = local / PHASE_STEPS
-    reward = 0.35 + 0.2 * (step // PHASE_STEPS) + 0.25 * progress + rng.gauss(0, 0.05)
-    row: dict[str, Any] = {"step": step, "phase": phase, "round": 1, "phase_step": local}
+    number, local = divmod(step - 1, PHASE_STEPS)
+    phase, progress = ("perceiver", "reasoner")[number], local / PHASE_STEPS
+    reward = 0.35 + 0.2 * number + 0.25 * progress + rng.gauss(0, 0.05)
+    row: dict[str, Any] = {"step": step, "phase": phase, "round": 1}
+    row |= {"phase_number": number + 1, "phase_step": local + 1}
     row |= {
         "reward/mean": reward,
         "reward/std": 0.42 - 0.1 * progress + rng.gauss(0, 0.02),
         "reward/zero_variance_groups": 0.3 + 0.2 * progress + rng.gauss(0, 0.04),
-        "completion/length_mean": 60 + 200 * (step // PHASE_STEPS) + rng.gauss(0, 6),
+        "completion/length_mean": 60 + 200 * number + rng.gauss(0, 6),
         "kl/mean": 1e-4 + 3e-3 * progress**2 + abs(rng.gauss(0, 2e-4)),
         "entropy/mean": 1.1 * math.exp(-progress) + rng.gauss(0, 0.03),
         "loss/policy": float("nan") if step == 77 else rng.gauss(0, 0.02),
         "grad_norm": 1.5 + abs(rng.gauss(0, 0.5)),
         "lr": 1e-6,
-        "time/step": 9 + rng.gauss(0, 0.3),
+        "time/decode": 3.0,
+        "time/update": 5.0,
+        "time/step": 9 + rng.random(),
     }
     if phase == "perceiver":
-        row["perceiver/hit_rate"] = 0.3 + 0.4 * progress + rng.gauss(0, 0.04)
-    if step % 20 == 0:
-        for mode, start in (("default", 0.4), ("p2r", 0.38)):
-            accuracy = start + (0.4 * step / (2 * PHASE_STEPS) if mode == "p2r" else 0.0)
-            row |= {
-                f"eval/{mode}/accuracy": accuracy,
-                f"eval/{mode}/low": accuracy - 0.07,
-                f"eval/{mode}/high": accuracy + 0.07,
-            }
+        row["reward/parse_ok"] = 0.9 + 0.1 * progress + rng.gauss(0, 0.01)
+    if step % 20 == 0 and step % PHASE_STEPS:
+        row |= _accuracies(DRIFT_MODES, 0.38 + 0.2 * step / PHASE_STEPS, 0.1)
+        row["time/evaluation"] = 20.0
+    return row
+
+
+def _evaluation_row(name: str, step: int, accuracy: float) -> dict[str, Any]:
+    """Of a full evaluation, between phases."""
+    modes = DRIFT_MODES if "phase" in name else ("default", "p2r")
+    row = {"step": step, "phase": "eval", "name": name, "time/evaluation": 40.0}
+    return row | _accuracies(modes, accuracy, 0.05)
+
+
+def _accuracies(modes: tuple[str, ...], accuracy: float, half: float) -> dict[str, float]:
+    row = {}
+    for mode in modes:
+        own = accuracy - 0.1 * (mode == "live_reasoner")
+        row |= {f"eval/{mode}/accuracy": own}
+        row |= {f"eval/{mode}/low": own - half, f"eval/{mode}/high": own + half}
     return row
 
 
 def _samples(step: int, boxes: list[list[int]], rng: random.Random) -> list[dict[str, Any]]:
-    role = ("perceiver", "reasoner")[step // PHASE_STEPS]
+    role = ("perceiver", "reasoner")[(step - 1) // PHASE_STEPS]
     samples = []
     for i in (step // 20, step // 20 + 7):
         frozen = [_near(boxes[i], 40, rng)]
@@ -177,7 +209,11 @@ def _samples(step: int, boxes: list[list[int]], rng: random.Random) -> list[dict
                     "id": f"train-{i}",
                     "question": f"What is the color of the small disc number {i}?",
                     "answer": "B",
+                    "prompt": f"<|im_start|>user\n<|image_pad|>Which? {HOSTILE}<|im_end|>",
+                    "prompt_tokens": 1234,
                     "completion": first,
+                    "completion_tokens": 40 + g,
+                    "truncated": g == 2,
                     "reward": reward,
                     "reward_parts": {"correct": reward, "overlap": 0.0, "label": 0.0},
                     "advantage": 1.5 * reward - 0.9,

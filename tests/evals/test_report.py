@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from p2r_jax.evals import report, run_folder
-from p2r_jax.evals.report import duration, number, percent, write_report
+from p2r_jax.evals import run_folder, scoring
+from p2r_jax.evals.report import duration, number, percent, points, write_report
+from p2r_jax.evals.report_results import eval_order
 
 
 class Page(html.parser.HTMLParser):
@@ -28,6 +29,8 @@ class Page(html.parser.HTMLParser):
         self.scripts: list[str] = []
         self.words: list[str] = []
         self.ended = False
+        self.summaries: dict[int, str] = {}
+        """By number of the element before: what a fold is called."""
         self.feed(self.source)
 
     def handle_starttag(self, tag, attrs):
@@ -37,6 +40,8 @@ class Page(html.parser.HTMLParser):
             self.scripts.append("")
 
     def handle_data(self, data):
+        if self.lasttag == "summary" and not self.ended:
+            self.summaries[len(self.elements) - 2] = data
         if self.lasttag == "script" and not self.ended:
             self.scripts[-1] += data
         elif self.lasttag != "style" or self.ended:
@@ -58,6 +63,27 @@ def page(finished_run, tmp_path_factory) -> Page:
     return Page(write_report(finished_run, tmp_path_factory.mktemp("out") / "report.html"))
 
 
+def stored(run: Path, name: str) -> dict[str, Any]:
+    """Summaries of an evaluation's modes, as training wrote them."""
+    return json.loads((run / f"eval/{name}.json").read_text())["modes"]
+
+
+def both_sides(run: Path, mode: str) -> list[list[dict[str, Any]]]:
+    """Records of a mode before and after training."""
+    sides = [map(json.loads, (run / f"eval/{name}.jsonl").open()) for name in ("before", "after")]
+    return [[r for r in side if r["mode"] == mode] for side in sides]
+
+
+def reasoner_rest(rows: list[dict[str, Any]]) -> float:
+    """Seconds of the second phase that no stage accounts for."""
+    return sum(r["time/step"] - 8 for r in rows if r["phase"] == "reasoner")
+
+
+def is_prompt(page: Page, index: int) -> bool:
+    """Whether a folded text, given by its element's number, is a prompt."""
+    return page.summaries.get(index, "").startswith("Prompt")
+
+
 def write_jsonl(path: Path, *rows: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -71,8 +97,13 @@ class TestPage:
 
     def test_every_section_is_there(self, page):
         ids = {a.get("id") for _, a in page.elements}
-        assert {"summary", "evaluation", "curves", "answers", "samples", "config"} <= ids
+        sections = {"summary", "curves", "time", "evaluation", "answers", "samples", "config"}
+        assert sections <= ids
+        assert {a["href"] for t, a in page.elements if t == "a"} == {f"#{s}" for s in sections} | {
+            "#main"
+        }
         assert "Not in this run folder" not in page.text
+        assert "unfinished" not in page.text
 
     def test_nothing_is_loaded_from_elsewhere(self, page):
         for tag, attributes in page.elements:
@@ -82,11 +113,24 @@ class TestPage:
         assert "http" not in re.sub(r'http-equiv|data:[^"]*', "", page.source)
         assert "@import" not in page.source
 
-    def test_headline_carries_intervals_and_stage_times(self, page, finished_run):
-        after = json.loads((finished_run / "summary.json").read_text())["after"]
-        assert percent(after["accuracy"]) in page.text
-        assert f"{percent(after['low'])} – {percent(after['high'])} · n = 24" in page.text
-        assert "reasoner 1 16 min" in page.text
+    def test_it_begins_with_before_and_after_and_their_paired_difference(self, page, finished_run):
+        before, after = (stored(finished_run, name)["p2r"] for name in ("before", "after"))
+        tiles = page.text[page.text.index("p2r · before") :]
+        for mode in (before, after):
+            assert percent(mode["accuracy"]) in tiles
+            assert f"{percent(mode['low'])} – {percent(mode['high'])} · n = 24" in tiles
+        (pair,) = {scoring.compare(*both_sides(finished_run, "p2r"))["difference"]}
+        assert pair == pytest.approx(after["accuracy"] - before["accuracy"])
+        assert f"difference, paired {points(pair)} points" in page.text
+
+    def test_seconds_by_stage_are_those_of_the_rows_and_of_the_summary(self, page, finished_run):
+        rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").open()]
+        spent = sum(row["time/step"] for row in rows if row["phase"] != "eval") - 120 * 8
+        assert f"decode completions 360.0 {percent(360 / (360 + 600 + 240 + spent + 12.5))}" in (
+            page.text
+        )
+        assert "export 12.5" in page.text
+        assert f"round 1 reasoner {duration(60 * 8 + 80 + reasoner_rest(rows))}" in page.text
 
     def test_each_picture_is_embedded_once_and_small(self, page):
         images = [a for tag, a in page.elements if tag == "image"]
@@ -117,14 +161,7 @@ class TestPage:
         assert [true[k] for k in place] == ["0.0", "0.0", "500.0", "500.0"]
 
     def test_paired_comparison_of_before_and_after(self, page, finished_run):
-        sides = [
-            {
-                r["id"]: r["correct"]
-                for r in map(json.loads, (finished_run / f"eval/{name}.jsonl").open())
-                if r["mode"] == "p2r"
-            }
-            for name in ("before", "after")
-        ]
+        sides = [{r["id"]: r["correct"] for r in side} for side in both_sides(finished_run, "p2r")]
         gain = sum(sides[0][i] < sides[1][i] for i in sides[0])
         harm = sum(sides[0][i] > sides[1][i] for i in sides[0])
         assert f"before p2r after p2r 24 {gain} {harm}" in page.text
@@ -133,7 +170,29 @@ class TestPage:
         groups = [a for tag, a in page.elements if tag == "article" and "data-rewards" in a]
         members = page.of_class("member")
         assert len(members) == 4 * len(groups)
-        assert {"perceiver", "reasoner"} == {g["data-phase"] for g in groups}
+        assert {g["data-phase"] for g in groups} == {"round 1 perceiver", "round 1 reasoner"}
+        assert {g["data-role"] for g in groups} == {"perceiver", "reasoner"}
+
+    def test_prompts_are_folded_and_truncated_completions_marked(self, page):
+        groups = [a for tag, a in page.elements if tag == "article" and "data-rewards" in a]
+        assert page.text.count("Prompt, 1,234 tokens <|im_start|>user") == len(groups)
+        prompts = [i for i, (_, a) in enumerate(page.elements) if a.get("class") == "text"]
+        assert all("open" not in page.elements[i][1] for i in prompts if is_prompt(page, i))
+        assert len(page.of_class("cut-mark")) == len(groups)
+        assert page.text.count("1 of 4 truncated") == len(groups)
+        assert {g["data-cut"] for g in groups} == {"some"}
+        assert "42 tokens" in page.text
+
+    def test_a_prompt_that_differs_stands_with_its_completion(self, tmp_path):
+        same = {"step": 1, "phase": "perceiver", "role": "perceiver", "id": "a", "image": None}
+        write_jsonl(
+            tmp_path / "samples/step_000001.jsonl",
+            same | {"prompt": "first", "prompt_tokens": 3, "reward": None},
+            same | {"prompt": "second", "prompt_tokens": 4, "reward": 1.0},
+        )
+        text = Page(write_report(tmp_path)).text
+        assert "not graded (empty) Prompt, 3 tokens first" in text
+        assert "reward 1 (empty) Prompt, 4 tokens second" in text
 
 
 class TestUntrustedText:
@@ -164,10 +223,17 @@ class TestUntrustedText:
         write_jsonl(tmp_path / "eval/x.jsonl", record)
         write_jsonl(
             tmp_path / "samples/step_1.jsonl",
-            dict.fromkeys(("step", "phase", "role", "id", "question", "completion"), hostile),
+            dict.fromkeys(("step", "phase", "role", "id", "question", "completion"), hostile)
+            | dict.fromkeys(("prompt", "prompt_tokens", "partner_completion", "reward"), hostile),
         )
+        write_jsonl(
+            tmp_path / "metrics.jsonl",
+            {"step": 1, "phase": hostile, "round": 1, "phase_number": 1, f"time/{hostile}": 1.0},
+        )
+        (tmp_path / "config.yaml").write_text(json.dumps({"phases": [{"role": hostile}]}))
         (tmp_path / "summary.json").write_text(json.dumps({hostile: {"accuracy": 1}, "x": hostile}))
         page = Page(write_report(tmp_path))
+        assert page.text.count("onload=alert(1)>") > 20
         assert not any("onload" in name for _, a in page.elements for name in a)
 
     def test_the_policy_allows_only_the_page_own_script(self, page):
@@ -183,6 +249,51 @@ class TestUntrustedText:
         page = Page(write_report(run))
         assert "not inside the run folder" in page.text
         assert not [tag for tag, _ in page.elements if tag == "image"]
+
+
+class TestUnfinishedRuns:
+    @pytest.fixture(scope="class")
+    def killed(self, finished_run, tmp_path_factory) -> Path:
+        """The run, killed at step 107 while it made a full evaluation that it had to repeat."""
+        run = tmp_path_factory.mktemp("killed")
+        for kept in ("samples", "images", "eval"):
+            shutil.copytree(finished_run / kept, run / kept)
+        shutil.copy(finished_run / "config.yaml", run)
+        lines = (finished_run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(lines[:109]) + '{"step": 108, "rew')
+        (run / "eval/after.json").unlink()
+        records = (run / "eval/after.jsonl").read_text().splitlines(keepends=True)
+        (run / "eval/after.jsonl").write_text("".join(records[:30]))
+        return run
+
+    def test_the_page_says_how_far_it_is_and_what_is_missing(self, killed):
+        page = Page(write_report(killed))
+        assert "unfinished step 107 of 120 (89 %) · round 1 reasoner, step 47 of 60" in page.text
+        assert "Not written yet: evaluation after, summary.json (written when" in page.text
+        assert "Not in this run folder" not in page.text
+        assert "metrics.jsonl: 1 line is not a JSON object" in page.text
+        (track,) = page.of_class("track")
+        assert "round 1 reasoner: 47 of 60 steps" in track["aria-label"]
+
+    def test_half_an_evaluation_is_shown_as_such_and_not_as_the_result(self, killed):
+        page = Page(write_report(killed))
+        assert "after unfinished default 24" in page.text
+        assert "p2r · after_phase1_perceiver" in page.text
+        assert "p2r · after " not in page.text
+        assert "before p2r after_phase1_perceiver p2r 24" in page.text
+        assert "after p2r 6" not in page.text  # 30 records: 24 of default, then 6 of p2r.
+
+    def test_a_newer_short_evaluation_is_shown_beside_it(self, killed):
+        assert "p2r · short, at step 100 71.3 % 61.3 % – 81.3 %" in Page(write_report(killed)).text
+
+    def test_no_short_one_is_newer_than_the_last_full_one(self, page):
+        assert "short, at step" not in page.text
+
+    def test_a_page_can_be_made_before_anything_was_measured(self, finished_run, tmp_path):
+        shutil.copy(finished_run / "config.yaml", tmp_path)
+        page = Page(write_report(tmp_path))
+        assert "unfinished step 0 of 120 (0 %)" in page.text
+        assert "metrics.jsonl (training curves)" in page.text
 
 
 class TestIncompleteRuns:
@@ -203,7 +314,10 @@ class TestIncompleteRuns:
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / kept)
         page = Page(write_report(tmp_path))
         missing = [n for n, use in run_folder.INPUTS.items() if f"{n} ({use})" in page.text]
-        assert len(missing) == 4
+        # An unfinished run writes its summary when it ends: that is named elsewhere.
+        later = "summary.json (written when a run ends)" in page.text
+        assert later == (kept in ("metrics.jsonl", "config.yaml"))
+        assert len(missing) + later == 4
         assert not any(name.startswith(kept) for name in missing)
 
     def test_stored_summaries_stand_in_for_records(self, finished_run, tmp_path):
@@ -218,7 +332,7 @@ class TestIncompleteRuns:
         (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "rew')
         page = Page(write_report(tmp_path))
         assert "metrics.jsonl: 1 line is not a JSON object, first at line 6" in page.text
-        assert "5 steps" in page.text
+        assert "unfinished step 4" in page.text
 
     def test_missing_and_broken_pictures_are_named(self, tmp_path):
         (tmp_path / "broken.png").write_bytes(b"not a picture")
@@ -234,10 +348,18 @@ class TestIncompleteRuns:
         assert "No picture was saved" in text
 
     def test_records_that_cannot_be_scored_are_still_shown(self, tmp_path):
-        write_jsonl(tmp_path / "eval/x.jsonl", answer("a", correct=None), answer("b"))
+        write_jsonl(tmp_path / "eval/x.jsonl", answer("a", correct="yes"), answer("b"))
         text = Page(write_report(tmp_path)).text
         assert "eval/x.jsonl cannot be scored: ValueError: record 'a'" in text
         assert "2 answers" in text
+
+    def test_answers_that_nothing_could_grade_count_nowhere_but_are_shown(self, tmp_path):
+        write_jsonl(tmp_path / "eval/x.jsonl", answer("a", correct=None), answer("b"))
+        page = Page(write_report(tmp_path))
+        assert "cannot be scored" not in page.text
+        assert "x unfinished 1 not graded p2r 1 100.0 %" in page.text
+        verdicts = [a["data-verdict"] for tag, a in page.elements if "data-verdict" in a]
+        assert sorted(verdicts) == ["not graded", "right"]
 
     @pytest.mark.parametrize("junk", [None, 3, "x", [], {}, [[1]], float("nan")])
     def test_fields_of_any_type_do_not_break_the_page(self, tmp_path, junk):
@@ -262,22 +384,53 @@ class TestSelection:
         cards = [a for tag, a in page.elements if tag == "article" and "data-verdict" in a]
         members = page.of_class("member")
         assert len(cards) + len(members) == 40
-        left_out = 2 * 2 * 24 - len(cards)
-        assert f"{len(cards)} of 96 answers are shown" in page.text
+        left_out = 7 * 24 - len(cards)
+        assert f"{len(cards)} of 168 answers are here" in page.text
         assert f"{left_out} are left out" in page.text
+
+    def test_the_newest_answers_of_the_mode_that_counts_come_first(self, page):
+        cards = [a for tag, a in page.elements if "data-verdict" in a]
+        order = list(dict.fromkeys((a["data-eval"], a["data-mode"]) for a in cards))
+        assert order[:3] == [
+            ("after", "p2r"),
+            ("after", "default"),
+            ("after_phase1_perceiver", "p2r"),
+        ]
+        assert order[-1] == ("before", "default")
 
 
 class TestCurves:
     def test_metrics_are_grouped_and_modes_share_a_chart(self, page):
         names = re.findall(r'class="name">([^<]+)<', page.source)
+        assert names[0] == "eval/accuracy"
         assert names.count("eval/accuracy") == 1
-        assert {"reward/mean", "kl/mean", "lr", "perceiver/hit_rate"} <= set(names)
-        assert not {"eval/low", "eval/high", "step", "round", "phase_step"} & set(names)
+        assert {"reward/mean", "kl/mean", "reward/parse_ok"} <= set(names)
+        assert not {"eval/low", "eval/high", "step", "round", "phase_step", "lr"} & set(names)
+        assert "The same at every step: lr 1e-06" in page.text
+        assert names.index("kl/mean") < names.index("seconds per step, by stage")
+
+    def test_phases_are_marked_in_every_chart(self, page):
+        drawings = [a for _, a in page.elements if "data-left" in a]
+        assert len(page.of_class("boundary")) == len(drawings) > 10
+        assert page.text.count("round 1 perceiver steps 1 – 60") == 1
+
+    def test_each_chart_finds_its_own_values(self, page):
+        """The script looks values up by number, in the order of the page."""
+        values = json.loads(page.scripts[0])["charts"]
+        numbers = [int(a["data-chart"]) for _, a in page.elements if "data-chart" in a]
+        assert numbers == list(range(len(values)))
+        names = re.findall(r'class="name">([^<]+)<', page.source)
+        stacked = [name for name, v in zip(names, values, strict=True) if v["stacked"]]
+        assert stacked == ["seconds per step, by stage"]
+        accuracy = values[names.index("eval/accuracy")]
+        assert [s["name"] for s in accuracy["series"]] == ["p2r", "live_perceiver", "live_reasoner"]
 
 
 def test_numbers_read_well():
     assert [percent(v) for v in (0.9319, 0, None, float("nan"))] == ["93.2 %", "0.0 %", "–", "–"]
     assert [number(v) for v in (1234, 0.12345, 1e-6, True)] == ["1,234", "0.123", "1e-06", "–"]
+    assert [number(v) for v in (1234.56, -20_000.0, 1e20)] == ["1,235", "-20,000", "1e+20"]
+    assert [points(v) for v in (0.198, -0.05, 0.0, None)] == ["+19.8", "-5.0", "+0.0", "–"]
     assert [duration(v) for v in (12.34, 512, 3725, 86_400)] == [
         "12.3 s",
         "9 min",
@@ -297,10 +450,13 @@ def test_in_a_browser(finished_run, tmp_path):
     dom, log = _dump_dom(browser, tmp_path / "report.html", tmp_path)
     assert "CONSOLE" not in log
     assert "<title>tiny-two-phase · p2r report</title>" in dom
-    total = int(re.search(r"<output[^>]*>(\d+) of (\d+) shown", dom)[2])
+    first, total = map(int, re.search(r"<output[^>]*>(\d+) of (\d+) shown", dom).groups())
+    assert first == len(cards_shown(dom)) < total
 
     script = """<script>
       const bar = document.querySelector("[data-gallery=answer-cards]");
+      document.querySelector("#answers .more").click();
+      document.title = bar.querySelector("output").textContent;
       bar.querySelector("[data-field=mode]").value = "=p2r";
       bar.querySelector("[data-search]").value = "VSTAR-003 disc";
       bar.dispatchEvent(new Event("input"));
@@ -312,13 +468,18 @@ def test_in_a_browser(finished_run, tmp_path):
     (tmp_path / "steered.html").write_text(steered.replace("</body>", script), "utf-8")
     dom, log = _dump_dom(browser, tmp_path / "steered.html", tmp_path)
     assert "CONSOLE" not in log
-    cards = re.findall(r"<article class=\"card[^>]*>", dom)
-    shown = [card for card in cards if "hidden" not in card]
-    assert len(cards) == total
-    assert len(shown) == 2  # Question 3, before and after.
+    assert f"<title>{2 * first} of {total} shown</title>" in dom
+    shown = cards_shown(dom)
+    assert len(shown) == 3  # Question 3 in every evaluation.
     assert all('data-mode="p2r"' in card for card in shown)
     assert re.search(r'<dialog id="zoom"[^>]* open=""', dom)
-    assert re.search(r'<div id="tooltip"[^>]*>step 0\s', dom)
+    assert re.search(r'<div id="tooltip"[^>]*>step 0\np2r  38 %   33 – 43<', dom)
+
+
+def cards_shown(dom: str) -> list[str]:
+    """Tags of the answers that no filter hides."""
+    cards = re.findall(r"<article class=\"card[^>]*>", dom)
+    return [card for card in cards if "hidden" not in card]
 
 
 def _dump_dom(browser: str, page: Path, scratch: Path) -> tuple[str, str]:
@@ -374,4 +535,4 @@ def answer(id_: str, **fields: Any) -> dict[str, Any]:
 
 def test_evaluations_are_listed_in_the_order_they_were_made():
     names = ["after", "after_phase10_perceiver", "after_phase2_reasoner", "before"]
-    assert sorted(names, key=report._eval_order) == names[::-1]
+    assert sorted(names, key=eval_order) == names[::-1]

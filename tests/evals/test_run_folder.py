@@ -23,6 +23,13 @@ def test_the_same_questions_are_chosen_from_every_stratum():
     assert len(ids[0]) == 10
 
 
+def test_answers_with_a_picture_come_first_in_their_stratum():
+    items = [{"id": i, "right": i % 2, "image": f"{i}.jpg" if i >= 90 else None} for i in range(98)]
+    chosen = run_folder.stratified(items, 12, lambda item: (item["right"],))
+    assert [item["id"] for item in chosen if item["image"]] == list(range(90, 98))
+    assert [sum(item["right"] == right for item in chosen) for right in (0, 1)] == [6, 6]
+
+
 def test_samples_come_as_whole_groups_from_all_over_the_run(tmp_path):
     for step in range(100):
         rows = [

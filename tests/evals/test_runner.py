@@ -10,7 +10,7 @@ from flax import nnx
 from PIL import Image
 
 from p2r_jax.config import BucketConfig, EvalConfig, MeshConfig, VerifierConfig
-from p2r_jax.data.loader import evaluation_batches, load
+from p2r_jax.data.loader import LoadedRow, evaluation_batches
 from p2r_jax.data.rows import Row
 from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.evals import launch, scoring
@@ -77,7 +77,7 @@ def scripted(monkeypatch):
 
 
 def run(pipeline, rows, modes, **options):
-    batches = [[load(row) for row in rows]]
+    batches = [[LoadedRow(row, row.load_image()) for row in rows]]
     return evaluate(pipeline, None, batches, modes, DECODING, total=len(rows), **options)
 
 
@@ -141,6 +141,80 @@ def test_rows_without_true_boxes_are_left_out_of_box_modes(pipeline, scripted):
         ("random_box", False),
     ]
     assert run(pipeline, [bare], ["oracle_box"]) == []
+
+
+# --- live and frozen weights ------------------------------------------------------------------
+
+
+class TestLiveModes:
+    """One role by the weights that learn, the other by the snapshot: it shows which one drifts."""
+
+    @pytest.fixture
+    def played(self, monkeypatch):
+        """What each role was played by, in the order of the calls."""
+        played = []
+
+        def complete(pipeline, params, requests, images, sampling):
+            text = pipeline.builder.processor.tokenizer.decode(requests[0].tokens)
+            perceiver = "Find: " in text
+            played.append(("perceiver" if perceiver else "reasoner", params))
+            # A box for each of the weights, so that answers depend on who perceived.
+            corner = 100 if params == "live" else 500
+            box = [corner, corner, corner + 100, corner + 100]
+            written = json.dumps([{"bbox_2d": box, "label": "tile"}])
+            return [Completion(written if perceiver else f"by {params}", ()) for _ in requests]
+
+        monkeypatch.setattr(Pipeline, "complete", complete)
+        return played
+
+    def evaluate(self, pipeline, modes, batches=1, partner="frozen"):
+        rows = [[LoadedRow(SOURCE[i], SOURCE[i].load_image())] for i in range(batches)]
+        return evaluate(pipeline, "live", rows, modes, DECODING, total=batches, partner=partner)
+
+    @pytest.mark.parametrize(
+        "mode, perceiver, reasoner",
+        [
+            ("p2r", "live", "live"),
+            ("live_perceiver", "live", "frozen"),
+            ("live_reasoner", "frozen", "live"),
+        ],
+    )
+    def test_who_plays_which_role(self, pipeline, played, mode, perceiver, reasoner):
+        (record,) = self.evaluate(pipeline, [mode])
+        assert played == [("perceiver", perceiver), ("reasoner", reasoner)]
+        assert record["mode"] == mode
+        assert record["reasoner_text"] == f"by {reasoner}"
+        corner = 100 if perceiver == "live" else 500
+        assert record["boxes"][0]["bbox_2d"][0] == corner
+        assert f"[{corner}" in record["perceiver_text"]
+
+    def test_a_perceiver_writes_once_for_all_modes_of_a_batch(self, pipeline, played):
+        modes = ["live_reasoner", "p2r", "live_perceiver"]
+        records = self.evaluate(pipeline, modes, batches=2)
+        once = [
+            ("perceiver", "frozen"),
+            ("reasoner", "live"),
+            ("perceiver", "live"),
+            ("reasoner", "live"),
+            ("reasoner", "frozen"),
+        ]
+        assert played == once * 2
+        assert [r["boxes"][0]["bbox_2d"][0] for r in records] == [500, 100, 100] * 2
+
+    def test_boxes_are_measured_as_in_p2r(self, pipeline, played):
+        records = self.evaluate(pipeline, ["p2r", "live_perceiver"])
+        figures = [{k: r[k] for k in ("hit", "iou", "area")} for r in records]
+        assert figures[0] == figures[1]
+        assert None not in figures[0].values()
+        modes = scoring.summarize_modes("x", json.loads(json.dumps(records)))["modes"]
+        assert modes["live_perceiver"]["perceiver_n"] == 1
+        assert modes["live_perceiver"]["hit_rate"] is not None
+
+    def test_without_frozen_weights_they_are_unknown(self, pipeline):
+        with pytest.raises(ValueError, match=r"unknown evaluation mode.*\['live_reasoner'\]"):
+            self.evaluate(pipeline, ["p2r", "live_reasoner"], partner=None)
+        with pytest.raises(ValueError, match="live_perceiver, live_reasoner"):
+            check_modes(["guess"], partner=True)
 
 
 # --- grading ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from p2r_jax.data.loader import load
+from p2r_jax.data.loader import LoadedRow
 from p2r_jax.rl import launch
 from p2r_jax.rl.batches import anchor_batch, training_batch
 from p2r_jax.rl.experience import Experience, choose, teaches
@@ -52,6 +52,12 @@ class TestTeaches:
 BOX = Box((100.0, 100.0, 400.0, 400.0), "tile")
 
 
+def load(built, numbers):
+    return [
+        LoadedRow(row, row.load_image()) for row in map(built.train_source.__getitem__, numbers)
+    ]
+
+
 def requests_of(builder, images, rows):
     """Of the learning reasoner, and of the idle perceiver."""
     questions = [(i, r.row.question_with_options, r.row.answer_form) for i, r in enumerate(rows)]
@@ -69,7 +75,7 @@ def plain(requests):
 def make_part(built, numbers: list[int], values: list[list[float | None]]) -> Experience:
     """Experience on rows of these numbers; every array tells which row it belongs to."""
     builder = built.pipeline.builder
-    rows = [load(built.train_source[n]) for n in numbers]
+    rows = load(built, numbers)
     images = ImageStore.upload([r.image for r in rows], builder.buckets, builder.mesh)
     requests, idle = requests_of(builder, images, rows)
     shape = (len(rows), GROUP, TOKENS)
@@ -143,7 +149,7 @@ class TestChoose:
         """Images of both batches are in one new store, and every view is cut from its own."""
         chosen, images = choose(parts, 4, built.pipeline)
         builder = built.pipeline.builder
-        rows = [load(built.train_source[n]) for n in (1, 3, 4, 0)]
+        rows = load(built, [1, 3, 4, 0])
         fresh = ImageStore.upload([r.image for r in rows], builder.buckets, builder.mesh)
         requests, idle = requests_of(builder, fresh, rows)
         assert plain(chosen.requests) == plain(requests)

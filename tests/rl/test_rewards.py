@@ -6,10 +6,12 @@ import json
 
 import pytest
 
+from p2r_jax.config import RewardConfig
 from p2r_jax.data.rows import Row
-from p2r_jax.rl.experience import grader
+from p2r_jax.rl.experience import answer_to
 from p2r_jax.rl.rewards import perceiver_reward, reasoner_reward
 from p2r_jax.roles.boxes import parse_response
+from p2r_jax.roles.grading import Grader
 
 
 def written(*boxes: tuple[list[float], str]) -> str:
@@ -44,6 +46,16 @@ class TestPerceiver:
         assert reward.value is None
         assert "answer" not in reward.parts
 
+    @pytest.mark.parametrize(
+        "text, rule", [(OVERLAPPING, "overlap"), (UNLABELLED, "label"), (PLACEHOLDER, "label")]
+    )
+    def test_a_rule_may_be_left_out_and_its_breaches_are_told_all_the_same(self, text, rule):
+        for name in ("overlap", "label"):
+            rules = RewardConfig(**{f"{name}_penalty": False})
+            reward = perceiver_reward(parse_response(text), 1.0, rules)
+            assert reward.value == (1.0 if name == rule else 0.0)
+            assert reward.parts[f"{rule}_penalty"] == 1
+
     def test_parts_say_which_rule(self):
         parts = {
             name: perceiver_reward(parse_response(text), 1.0).parts
@@ -65,6 +77,16 @@ class TestReasoner:
         assert reasoner_reward("A", 1.0).parts["answer_tag"] == 0
 
 
+def graded(row: Row, response: str, require_tag: bool = False) -> float | None:
+    (grade,) = Grader().grade([answer_to(row, response, require_tag)])
+    return grade
+
+
+def make_row(options: int, answer: str, form: str = "mca") -> Row:
+    texts = tuple(f"option {i}" for i in range(options))
+    return Row("1", "Which?", answer, form, options=texts, image_source=b"")
+
+
 class TestLettersOfTraining:
     """A to E as the authors have it, and as many as a row has options."""
 
@@ -79,6 +101,22 @@ class TestLettersOfTraining:
         ],
     )
     def test_a_right_answer_is_never_out_of_reach(self, options, answer, response, reward):
-        texts = tuple(f"option {i}" for i in range(options))
-        row = Row("1", "Which?", answer, "mca", options=texts, image_source=b"")
-        assert grader(None)(row, response) == reward
+        assert graded(make_row(options, answer), response) == reward
+
+
+class TestAnswerTags:
+    """Training takes an answer without its tag, as the authors do, unless it is set to refuse."""
+
+    @pytest.mark.parametrize(
+        "row, tagged, bare",
+        [
+            (make_row(4, "B"), "so <answer>B</answer>", "B"),
+            (make_row(0, "12", "na"), "so <answer>12</answer>", "12"),
+        ],
+        ids=lambda x: x.answer_form if isinstance(x, Row) else "",
+    )
+    def test_may_be_required(self, row, tagged, bare):
+        assert RewardConfig().require_answer_tag is False
+        assert graded(row, tagged) == graded(row, bare) == 1.0
+        assert graded(row, tagged, require_tag=True) == 1.0
+        assert graded(row, bare, require_tag=True) == 0.0

@@ -55,21 +55,49 @@ class TestSeveralUpdatesAStep(Same):
     the phase's eight; nothing is compared with a reference."""
 
     @pytest.fixture(scope="class")
-    def runs(self, tmp_path_factory, tiny_checkpoint):
+    def seen(self):
+        """Tokens and ratio of each update."""
+        return []
+
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory, tiny_checkpoint, seen):
         folder = tmp_path_factory.mktemp("several")
         phase = dataclasses.replace(PHASE, minibatches=2, inner_epochs=2)
         loss = LossConfig(kl_weight=0.0, sampler_correction=2.0)
         config = lean(folder, tiny_checkpoint, phase, loss=loss)
         config.optimizer.final_fraction = 0.1
-        return straight_and_killed(folder, config, step=2)
+        original = trainer.train_step
 
-    def test_the_ratio_is_taken_against_the_policy_the_step_began_with(self, runs):
-        """The mean over four updates, of which only the first is at ratio 1."""
-        for row in runs[0].steps:
-            assert row["ratio"] != 1
-            assert 1e-5 < abs(row["ratio"] - 1) < 0.2
-            # Against old log-probs of the trainer's own: the sampler agrees with it still.
-            assert row["sampler_gap/max"] < 1e-4
+        def watching(state, batches, *args, **kwargs):
+            after, metrics = original(state, batches, *args, **kwargs)
+            seen.append((np.asarray(batches[0].tokens), float(metrics[0]["ratio"])))
+            return after, metrics
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "train_step", watching)
+            return straight_and_killed(folder, config, step=2)
+
+    def test_each_half_is_taken_twice(self, runs, seen):
+        tokens = [tokens for tokens, _ in seen]
+        assert len(tokens) == 16
+        for first in range(0, 16, 4):
+            assert tokens[first].shape[0] == PROMPTS // 2
+            np.testing.assert_array_equal(tokens[first], tokens[first + 2])
+            np.testing.assert_array_equal(tokens[first + 1], tokens[first + 3])
+            assert (tokens[first] != tokens[first + 1]).any()
+
+    def test_the_ratio_is_taken_against_the_policy_the_step_began_with(self, runs, seen):
+        """Only in the first update it is 1; of the four, a row tells the mean."""
+        ratios = [ratio for _, ratio in seen]
+        for first in range(0, 16, 4):
+            assert ratios[first] == pytest.approx(1, abs=1e-4)
+            assert min(abs(ratio - 1) for ratio in ratios[first + 1 : first + 4]) > 1e-3
+        told = [row["ratio"] for row in runs[0].steps]
+        assert told == pytest.approx([np.mean(ratios[:4]), np.mean(ratios[4:8])])
+
+    def test_old_log_probs_are_the_trainers_own(self, runs):
+        """The sampler agrees with them, however far the policy has moved since."""
+        assert all(row["sampler_gap/max"] < 1e-4 for row in runs[0].steps)
 
     def test_the_rate_follows_updates_not_steps(self, runs):
         """It is told as it was for the first of a step's updates."""

@@ -47,6 +47,8 @@ def make_config(run: Path, model: Path, **changes: Any) -> cfg.TrainConfig:
                 cfg.PhaseConfig(role="perceiver", **phase),
                 cfg.PhaseConfig(role="reasoner", **phase),
             ],
+            # Slots are decoded whether they are used or not; by default there are 64.
+            rollout=cfg.RolloutConfig(greedy_slots=PROMPTS),
             optimizer=cfg.OptimizerConfig(learning_rate=1e-3),
             eval=cfg.EvalDuringTraining(
                 questions=PROMPTS,
