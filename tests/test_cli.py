@@ -1,4 +1,4 @@
-"""The `p2r` command: help, configs, and errors a person can act on."""
+"""The `p2r` command: help, errors a person can act on, and exit codes for launchers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How far a training run is: from what it planned (config.yaml) and what it wrote so far."""
+"""How far a training run is: from what it planned (config.yaml, schedule.json) and what it wrote so
+far."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from p2r_jax.evals.chart_phases import ROLE_STYLE, Phase, Row, is_evaluation, is_step, phases_of
+from p2r_jax.evals.run_folder import read_json
 
 WRITTEN_LAST = {
     "summary.json": "written when a run ends",
@@ -20,8 +22,8 @@ WRITTEN_LAST = {
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A phase of the schedule. `steps` is None where config.yaml leaves it to the data, and `done`
-    counts those that were taken."""
+    """A phase of the schedule. `steps` is None where nothing tells them, and `done` counts those
+    that were taken."""
 
     label: str
     role: str
@@ -78,6 +80,12 @@ def progress_of(run: Path, rows: Sequence[Row], notes: list[str]) -> Progress | 
     step = max((int(r["step"]) for r in rows if not is_evaluation(r)), default=0)
     finished = (run / "summary.json").is_file()
     phases = _schedule(planned, int(rounds), found, finished)
+    lengths = _list(read_json(run / "schedule.json", notes).get("steps"))
+    if len(lengths) == len(phases) and all(map(is_step, lengths)):
+        phases = [
+            dataclasses.replace(phase, steps=int(steps))
+            for phase, steps in zip(phases, lengths, strict=True)
+        ]
     known = [phase.steps for phase in phases if phase.steps is not None]
     total = sum(known) if phases and len(known) == len(phases) else None
     metrics = run / "metrics.jsonl"

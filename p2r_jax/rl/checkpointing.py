@@ -115,7 +115,7 @@ class Checkpoints:
         moved to RUN/torn_checkpoints, with a message. Raises ValueError for a checkpoint of another
         model or optimizer, and if none of them can be read.
         """
-        steps = sorted(self.manager.all_steps(read=True), reverse=True)
+        steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
             found, problem = None, None
             try:

@@ -4,7 +4,7 @@
     scan      rows of the data: can their images be decoded, do their prompts fit the buckets
     tables    schedule, prompts, memory of a device
     collect   the weights, and a small batch of experience for each phase, by the trainer's own code
-    leave     RUN/dry_run: a page of the samples, images as the model sees them, prompts as text
+    leave     RUN/dry_run: a page of the samples with their prompts, images as the model sees them
 
 What costs seconds comes before what costs minutes. Nothing is written outside RUN/dry_run, so that
 the real run begins as if there had been no other.
@@ -43,14 +43,13 @@ from p2r_jax.rl.dry_run_tables import (
 from p2r_jax.rl.experience import Clock
 from p2r_jax.rl.launch import build_trainer, check_same_config, require_writable
 from p2r_jax.rl.memory import device_bytes, memory_of
-from p2r_jax.rl.prompt_scan import Scan, scan_splits
+from p2r_jax.rl.prompt_scan import scan_splits
 from p2r_jax.rl.rewards import Verifier, has_answer_tag
 from p2r_jax.rl.run_log import RunLog
 from p2r_jax.rl.schedule import Phase, Progress
 from p2r_jax.rl.stop import RunStopped
 from p2r_jax.rl.trainer import Collected, Trainer
-from p2r_jax.roles.boxes import Box
-from p2r_jax.roles.requests import Request, RequestBuilder
+from p2r_jax.roles.requests import RequestBuilder
 
 FOLDER = "dry_run"
 """Inside the run's folder."""
@@ -59,19 +58,17 @@ QUESTIONS = 4
 SCANNED = 512
 """Rows of each split that are measured and decoded."""
 MORE_ROOM = {
-    "rollout": "lower rollout.slots, rollout.columns, rollout.greedy_slots or the phase's prompts, "
-    "or raise mesh.tensor",
-    "update": "raise mesh.fsdp or mesh.tensor, or set optimizer.name adafactor or "
-    "optimizer.moment_dtype bfloat16",
+    "rollout": "lower rollout.slots, columns or greedy_slots, or raise mesh.tensor",
+    "update": "raise mesh.fsdp or mesh.tensor, or set optimizer.name adafactor",
 }
+"""What to do about a stage that takes too much memory."""
 IF_ALL = {
-    "completion/truncated_fraction": "every completion was cut at max_new_tokens: raise it, or "
-    "look whether the model ends its answers",
-    "partner/truncated_fraction": "everything that the partner wrote was cut: raise "
+    "completion/truncated_fraction": "every completion was cut: raise max_new_tokens, or look "
+    "whether the model ends its answers",
+    "partner/truncated_fraction": "all that the partner wrote was cut: raise "
     "partner_max_new_tokens",
     "reward/zero_variance_groups": "the rewards of every group agree, so this batch teaches "
-    "nothing: look at the samples, whether answers are found in the texts and whether the "
-    "questions are too easy or too hard",
+    "nothing: look whether answers are found in the samples, or questions too easy or too hard",
 }
 """What to do about a metric of 1."""
 
@@ -97,10 +94,9 @@ def dry_run(
         shutil.rmtree(folder)  # an earlier dry run's
     any_process(False)  # Nobody goes on before it is gone.
     # All that the trainer writes goes into the folder, and every sample is shown.
-    log = LogConfig(tensorboard=False, sample_prompts=max(p.prompts for p in config.phases))
-    trainer = build_trainer(
-        dataclasses.replace(config, run=str(folder), log=log), console, verifier
-    )
+    log = dataclasses.replace(config.log, sample_prompts=max(p.prompts for p in config.phases))
+    own = dataclasses.replace(config, run=str(folder), log=log)
+    trainer = build_trainer(own, console, verifier)
     builder = trainer.pipeline.builder
     phases = trainer.phases[: len(config.phases)]  # Further rounds are like the first.
     console.print(schedule_table(trainer))
@@ -111,9 +107,6 @@ def dry_run(
         console.print(prompt_table(scan, builder.buckets))
         if scan.problem:
             _warn(console, scan.problem)
-    if is_main():
-        write_prompts(builder, scans[0], folder / "prompts")
-
     for phase in phases:
         memory, limit = memory_of(trainer, phase, scans[0]), device_bytes()
         console.print(memory_table(phase, memory))
@@ -125,13 +118,14 @@ def dry_run(
     if any((run / "checkpoints").glob("[0-9]*")):
         _warn(console, f"{run} holds checkpoints: the real run goes on from them, not as below")
     clock, measured = Clock(), {}
+    samples = RunLog(folder, LogConfig(tensorboard=False), 0)
     with _too_little_memory_in_words():
         with clock("load"):
             trainer.prepare()
         trainer.checkpoints.close()
+        shutil.rmtree(trainer.checkpoints.folder, ignore_errors=True)  # It stays empty.
         for phase in phases:
             collected = collect_some(trainer, phase, questions, clock)
-            samples = RunLog(folder, log, phase.number)
             trainer._log_samples(phase, collected, phase.number + 1, samples)
             for one in collected:
                 name = f"{phase.number + 1} {phase.role}"
@@ -145,7 +139,8 @@ def dry_run(
                 _warn(console, f"phase {name}: {meaning}")
     if is_main():
         page = write_page(folder, measured, clock)
-        console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
+        for path in (page, folder / "pictures"):
+            console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return measured
 
 
@@ -167,24 +162,6 @@ def _too_little_memory_in_words() -> Iterator[None]:
         ) from error
 
 
-def write_prompts(builder: RequestBuilder, scan: Scan, folder: Path) -> None:
-    """The first scanned row as each role is asked about it."""
-    row, roles = scan.rows[0], {role for role, _ in scan.needs}
-    question = (scan.images, 0, row.question_with_options, row.answer_form)
-    requests: dict[str, Request] = {}
-    if "baseline" in roles:
-        requests["baseline"] = builder.plain("baseline", *question)
-    if "perceiver" in roles:
-        boxes = [Box(box, "evidence") for box in row.boxes or [(250.0, 250.0, 750.0, 750.0)]]
-        requests["perceiver"] = builder.plain("perceiver", *question)
-        requests["reasoner_with_evidence"] = builder.reasoner(*question, boxes)
-        requests["reasoner_without_evidence"] = builder.reasoner(*question, [])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, request in requests.items():
-        text = builder.processor.prompt_text(request.tokens)
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8", errors="replace")
-
-
 def collect_some(trainer: Trainer, phase: Phase, questions: int, clock: Clock) -> list[Collected]:
     """What the trainer collects in the phase's first step, of its first few questions.
 
@@ -198,7 +175,7 @@ def collect_some(trainer: Trainer, phase: Phase, questions: int, clock: Clock) -
         phase.config, prompts=count, microbatch=0, minibatches=1, dynamic_sampling=0
     )
     seed = trainer.config.seed * 1000 + phase.number
-    batches = training_batches(trainer.train_source, count, seed)
+    batches = training_batches(trainer.train_source, count, seed, unreadable=trainer.unreadable)
     steps = sum(before.steps for before in trainer.phases[: phase.number])
     trainer.live.progress = Progress(phase.number, 0, steps)
     collected, _ = trainer._collect(dataclasses.replace(phase, config=own), batches, clock)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 
 from p2r_jax.rl.memory import Memory, device_bytes
 from p2r_jax.rl.optimizer import learning_rate
@@ -126,11 +126,7 @@ def reward_table(measured: dict[str, dict[str, float]]) -> Table:
 
 
 def size_text(count: int) -> str:
-    """Bytes for people.
-
-    >>> size_text(3 * 2**30 // 2)
-    '1.50 GiB'
-    """
+    """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
 
 
@@ -138,7 +134,9 @@ def _table(
     title: str, left: Sequence[str], right: Sequence[str], caption: str | None = None
 ) -> Table:
     """left, right: names of columns, by how they are aligned."""
-    table = Table(
+    return Table(
+        *left,
+        *(Column(name, justify="right") for name in right),
         title=f"\n{title}",
         title_justify="left",
         caption=caption,
@@ -147,8 +145,3 @@ def _table(
         padding=(0, 1, 0, 0),
         show_edge=False,
     )
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,13 @@ def train(config: TrainConfig, verifier: Verifier | None = None) -> dict[str, An
     check_same_config(config, run)
     trainer = build_trainer(config, console, verifier)
     trainer.prepare()
+    # Only now are the settings known to work: until then they may be corrected freely.
     if is_main():
-        _write_config(config, run)
+        _write(
+            run / "config.yaml", yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+        )
+        # Epochs in steps, for whoever wants to know how far the run is.
+        _write(run / "schedule.json", json.dumps({"steps": [p.steps for p in trainer.phases]}))
     any_process(False)  # The others wait for it before they may fail for a reason of their own.
     size = sum(x.size for x in jax.tree.leaves(trainer.like))
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -174,7 +180,10 @@ def train(config: TrainConfig, verifier: Verifier | None = None) -> dict[str, An
             console.print(format_table(summary_rows(rows)), markup=False, highlight=False)
         stages = ", ".join(f"{k} {v:.0f} s" for k, v in summary["stages"].items())
         console.print(f"{summary['wall_seconds']:.0f} s: {stages}", highlight=False)
-        console.print(f"report: {write_report(run)}", highlight=False, soft_wrap=True)
+        try:
+            console.print(f"report: {write_report(run)}", highlight=False, soft_wrap=True)
+        except Exception as error:  # The run is done and saved; its page can be made again.
+            console.print(f"no report was written ({error!r}): p2r report {run}")
     return summary
 
 
@@ -211,11 +220,11 @@ def check_same_config(config: TrainConfig, run: Path) -> None:
         )
 
 
-def _write_config(config: TrainConfig, run: Path) -> None:
-    """Only once the settings are known to work: until then they may be corrected freely."""
-    temporary = run / "config.tmp"
-    temporary.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
-    os.replace(temporary, run / "config.yaml")
+def _write(file: Path, text: str) -> None:
+    """At once or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, file)
 
 
 def _plain(value: Any) -> Any:

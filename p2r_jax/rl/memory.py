@@ -83,7 +83,7 @@ def tree_bytes(tree: Any, dtype: Any = None, layout: Any = None) -> int:
 
 
 def opt_state_bytes(config: OptimizerConfig, params: Any) -> int:
-    """Bytes of an optimizer's state on one device. params: shapes with shardings.
+    """Bytes of an optimizer's state on one device. params: shapes, with shardings if there are any.
 
     What has a parameter's shape is split like it, all else is there whole (see `step.new_state`).
     """
@@ -94,7 +94,8 @@ def opt_state_bytes(config: OptimizerConfig, params: Any) -> int:
     for path, x in jax.tree_util.tree_leaves_with_path(state):
         ends = (name(path[i:]) for i in range(len(path)))
         own = next((parameters[end] for end in ends if end in parameters), None)
-        total += _bytes(x, own.sharding if own is not None and own.shape == x.shape else None)
+        like = own is not None and own.shape == x.shape
+        total += _bytes(x, getattr(own, "sharding", None) if like else None)
     return total
 
 

@@ -15,7 +15,6 @@ Adafactor would cut it alone, and the other layers of its stack are cut with it.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -80,16 +79,6 @@ def updates_done(opt_state: Any) -> int:
     """Updates that an optimizer has made; skipped ones are none."""
     counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
     return int(to_host(counts[0][1]))
-
-
-def optimizer_bytes(config: OptimizerConfig, params: Any) -> int:
-    """Bytes of the optimizer's state for `params` (arrays or shapes), over all devices together.
-
-    Nothing is allocated. Of Adafactor's state the means are on every device whole; all else is
-    split like the parameters (see `step.new_state`).
-    """
-    state = jax.eval_shape(make_optimizer(config, 1).init, params)
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def is_vision(path: tuple[Any, ...]) -> bool:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from p2r_jax.config import EvalDuringTraining, PhaseConfig
 from p2r_jax.data.rows import Row, RowError
 from p2r_jax.data.sources import SourceError
 from p2r_jax.qwen3_vl.processor import ImageSizes
@@ -53,32 +52,28 @@ class Scan:
 
 
 def scan_splits(trainer: Trainer, most: int) -> list[Scan]:
-    """Up to `most` of the training rows, and of the validation rows if any are used; raises as
+    """Up to `most` of the training rows, and of the validation rows if any are used. Raises as
     `scan_rows` does."""
     config, train, validation = trainer.config, trainer.train_source, trainer.evaluations.source
-    builder, allowed = trainer.pipeline.builder, config.data.max_bad_fraction
-    numbers = spread(len(train), most)
-    scans = [scan_rows("train", train, numbers, training_roles(config.phases), builder, allowed)]
-    used = max(config.eval.final_questions, config.eval.questions if config.eval.every else 0)
+    settings, builder = config.eval, trainer.pipeline.builder
+    used = max(settings.final_questions, settings.questions if settings.every else 0)
+    roles = roles_asked([phase.role for phase in config.phases])
+    splits = [("train", train, len(train), roles)]
     if used:
-        numbers, roles = spread(min(used, len(validation)), most), evaluation_roles(config.eval)
-        scans.append(scan_rows("validation", validation, numbers, roles, builder, allowed))
-    return scans
+        roles = roles_asked([*settings.modes, *settings.final_modes])
+        splits.append(("validation", validation, min(used, len(validation)), roles))
+    allowed = config.data.max_bad_fraction
+    return [
+        scan_rows(split, source, spread(count, most), asked, builder, allowed)
+        for split, source, count, asked in splits
+    ]
 
 
-def training_roles(phases: Sequence[PhaseConfig]) -> list[str]:
-    """Roles that are asked in training: those that learn, and their partners."""
-    learning = {phase.role for phase in phases}
-    both = ["perceiver", "reasoner"] if learning - {"baseline"} else []
-    return both + ["baseline"] * ("baseline" in learning)
-
-
-def evaluation_roles(settings: EvalDuringTraining) -> list[str]:
-    """Roles that are asked in evaluations during training."""
-    asks = {"default": ["direct"], "baseline": ["baseline"]}
-    asks |= {"oracle_box": ["reasoner"], "random_box": ["reasoner"]}
-    modes = (*settings.modes, *settings.final_modes)
-    roles = {role for mode in modes for role in asks.get(mode, ["perceiver", "reasoner"])}
+def roles_asked(names: Sequence[str]) -> list[str]:
+    """Roles that get requests. names: of roles that learn, or of modes of an evaluation."""
+    alone = {"baseline": ["baseline"], "default": ["direct"]}
+    alone |= {"oracle_box": ["reasoner"], "random_box": ["reasoner"]}
+    roles = {role for name in names for role in alone.get(name, ["perceiver", "reasoner"])}
     return [role for role in ("perceiver", "reasoner", "baseline", "direct") if role in roles]
 
 

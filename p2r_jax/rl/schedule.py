@@ -56,7 +56,8 @@ def plan_phases(config: TrainConfig, rows: int) -> tuple[Phase, ...]:
             steps = own.steps
             if steps is None:
                 epochs = 1.0 if own.epochs is None else own.epochs
-                steps = int(epochs * (rows // own.prompts))
+                # 0.29 * 100 is 28.999999999999996.
+                steps = int(round(epochs * (rows // own.prompts), 6))
             if rows < own.prompts or steps < 1:
                 raise ValueError(
                     f"phases[{i}] has no step: data.train has {rows} rows, a step takes "

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from p2r_jax.evals import scoring
+from p2r_jax.evals.report import write_report
+from tests.evals.report_page import Page
 
 HOSTILE = "<script>document.title='owned'</script> </script><img src=x onerror=alert(1)> &amp;"
 """What a model could write to break out of the page."""
@@ -37,6 +39,12 @@ WIDTH, HEIGHT = 480, 320
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-phase run: three evaluations of 24 questions, samples.  Do not change it."""
     return make_run(tmp_path_factory.mktemp("runs") / "tiny-two-phase")
+
+
+@pytest.fixture(scope="session")
+def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The report of that run."""
+    return Page(write_report(finished_run, tmp_path_factory.mktemp("out") / "report.html"))
 
 
 @pytest.fixture(scope="session")

@@ -1,77 +1,18 @@
-"""The HTML report: complete, offline, safe against what a model writes, tolerant of half a run."""
+"""The HTML report: complete, offline, safe against what a model writes."""
 
 from __future__ import annotations
 
-import html.parser
 import json
-import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from p2r_jax.evals import run_folder, scoring
+from p2r_jax.evals import scoring
 from p2r_jax.evals.report import duration, number, percent, points, write_report
 from p2r_jax.evals.report_results import eval_order
-
-
-class Page(html.parser.HTMLParser):
-    """Elements of a page: (tag, attributes), and the text of each script."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.source = path.read_text("utf-8")
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.words: list[str] = []
-        self.ended = False
-        self.summaries: dict[int, str] = {}
-        """By number of the element before: what a fold is called."""
-        self.feed(self.source)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self.ended = False
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_data(self, data):
-        if self.lasttag == "summary" and not self.ended:
-            self.summaries[len(self.elements) - 2] = data
-        if self.lasttag == "script" and not self.ended:
-            self.scripts[-1] += data
-        elif self.lasttag != "style" or self.ended:
-            self.words.append(data)
-
-    def handle_endtag(self, tag):
-        self.ended = True
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def of_class(self, name: str) -> list[dict[str, str | None]]:
-        return [a for _, a in self.elements if name in (a.get("class") or "").split()]
-
-
-@pytest.fixture(scope="module")
-def page(finished_run, tmp_path_factory) -> Page:
-    return Page(write_report(finished_run, tmp_path_factory.mktemp("out") / "report.html"))
-
-
-def stored(run: Path, name: str) -> dict[str, Any]:
-    """Summaries of an evaluation's modes, as training wrote them."""
-    return json.loads((run / f"eval/{name}.json").read_text())["modes"]
-
-
-def both_sides(run: Path, mode: str) -> list[list[dict[str, Any]]]:
-    """Records of a mode before and after training."""
-    sides = [map(json.loads, (run / f"eval/{name}.jsonl").open()) for name in ("before", "after")]
-    return [[r for r in side if r["mode"] == mode] for side in sides]
+from tests.evals.report_page import Page, answer, both_sides, stored, write_jsonl
 
 
 def reasoner_rest(rows: list[dict[str, Any]]) -> float:
@@ -82,11 +23,6 @@ def reasoner_rest(rows: list[dict[str, Any]]) -> float:
 def is_prompt(page: Page, index: int) -> bool:
     """Whether a folded text, given by its element's number, is a prompt."""
     return page.summaries.get(index, "").startswith("Prompt")
-
-
-def write_jsonl(path: Path, *rows: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class TestPage:
@@ -251,133 +187,6 @@ class TestUntrustedText:
         assert not [tag for tag, _ in page.elements if tag == "image"]
 
 
-class TestUnfinishedRuns:
-    @pytest.fixture(scope="class")
-    def killed(self, finished_run, tmp_path_factory) -> Path:
-        """The run, killed at step 107 while it made a full evaluation that it had to repeat."""
-        run = tmp_path_factory.mktemp("killed")
-        for kept in ("samples", "images", "eval"):
-            shutil.copytree(finished_run / kept, run / kept)
-        shutil.copy(finished_run / "config.yaml", run)
-        lines = (finished_run / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (run / "metrics.jsonl").write_text("".join(lines[:109]) + '{"step": 108, "rew')
-        (run / "eval/after.json").unlink()
-        records = (run / "eval/after.jsonl").read_text().splitlines(keepends=True)
-        (run / "eval/after.jsonl").write_text("".join(records[:30]))
-        return run
-
-    def test_the_page_says_how_far_it_is_and_what_is_missing(self, killed):
-        page = Page(write_report(killed))
-        assert "unfinished step 107 of 120 (89 %) · round 1 reasoner, step 47 of 60" in page.text
-        assert "Not written yet: evaluation after, summary.json (written when" in page.text
-        assert "Not in this run folder" not in page.text
-        assert "metrics.jsonl: 1 line is not a JSON object" in page.text
-        (track,) = page.of_class("track")
-        assert "round 1 reasoner: 47 of 60 steps" in track["aria-label"]
-
-    def test_half_an_evaluation_is_shown_as_such_and_not_as_the_result(self, killed):
-        page = Page(write_report(killed))
-        assert "after unfinished default 24" in page.text
-        assert "p2r · after_phase1_perceiver" in page.text
-        assert "p2r · after " not in page.text
-        assert "before p2r after_phase1_perceiver p2r 24" in page.text
-        assert "after p2r 6" not in page.text  # 30 records: 24 of default, then 6 of p2r.
-
-    def test_a_newer_short_evaluation_is_shown_beside_it(self, killed):
-        assert "p2r · short, at step 100 71.3 % 61.3 % – 81.3 %" in Page(write_report(killed)).text
-
-    def test_no_short_one_is_newer_than_the_last_full_one(self, page):
-        assert "short, at step" not in page.text
-
-    def test_a_page_can_be_made_before_anything_was_measured(self, finished_run, tmp_path):
-        shutil.copy(finished_run / "config.yaml", tmp_path)
-        page = Page(write_report(tmp_path))
-        assert "unfinished step 0 of 120 (0 %)" in page.text
-        assert "metrics.jsonl (training curves)" in page.text
-
-
-class TestIncompleteRuns:
-    def test_no_folder(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"no run folder at .*nowhere"):
-            write_report(tmp_path / "nowhere")
-
-    def test_an_empty_folder_says_what_was_expected(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"expected at least one of summary.json"):
-            write_report(tmp_path)
-        assert not list(tmp_path.iterdir())
-
-    @pytest.mark.parametrize(
-        "kept", ["summary.json", "metrics.jsonl", "config.yaml", "samples", "eval"]
-    )
-    def test_any_one_input_is_enough(self, finished_run, tmp_path, kept):
-        source = finished_run / kept
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / kept)
-        page = Page(write_report(tmp_path))
-        missing = [n for n, use in run_folder.INPUTS.items() if f"{n} ({use})" in page.text]
-        # An unfinished run writes its summary when it ends: that is named elsewhere.
-        later = "summary.json (written when a run ends)" in page.text
-        assert later == (kept in ("metrics.jsonl", "config.yaml"))
-        assert len(missing) + later == 4
-        assert not any(name.startswith(kept) for name in missing)
-
-    def test_stored_summaries_stand_in_for_records(self, finished_run, tmp_path):
-        (tmp_path / "eval").mkdir()
-        shutil.copy(finished_run / "eval/after.json", tmp_path / "eval/after.json")
-        page = Page(write_report(tmp_path))
-        stored = json.loads((tmp_path / "eval/after.json").read_text())["modes"]["p2r"]
-        assert percent(stored["accuracy"]) in page.text
-
-    def test_a_half_written_line_is_skipped_and_reported(self, tmp_path):
-        lines = [json.dumps({"step": s, "reward/mean": 0.1 * s}) for s in range(5)]
-        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "rew')
-        page = Page(write_report(tmp_path))
-        assert "metrics.jsonl: 1 line is not a JSON object, first at line 6" in page.text
-        assert "unfinished step 4" in page.text
-
-    def test_missing_and_broken_pictures_are_named(self, tmp_path):
-        (tmp_path / "broken.png").write_bytes(b"not a picture")
-        write_jsonl(
-            tmp_path / "eval/x.jsonl",
-            answer("a", image="gone.png"),
-            answer("b", image="broken.png"),
-            answer("c", image=None),
-        )
-        text = Page(write_report(tmp_path)).text
-        assert "gone.png: file not found" in text
-        assert "broken.png: cannot identify" in text
-        assert "No picture was saved" in text
-
-    def test_records_that_cannot_be_scored_are_still_shown(self, tmp_path):
-        write_jsonl(tmp_path / "eval/x.jsonl", answer("a", correct="yes"), answer("b"))
-        text = Page(write_report(tmp_path)).text
-        assert "eval/x.jsonl cannot be scored: ValueError: record 'a'" in text
-        assert "2 answers" in text
-
-    def test_answers_that_nothing_could_grade_count_nowhere_but_are_shown(self, tmp_path):
-        write_jsonl(tmp_path / "eval/x.jsonl", answer("a", correct=None), answer("b"))
-        page = Page(write_report(tmp_path))
-        assert "cannot be scored" not in page.text
-        assert "x unfinished 1 not graded p2r 1 100.0 %" in page.text
-        verdicts = [a["data-verdict"] for tag, a in page.elements if "data-verdict" in a]
-        assert sorted(verdicts) == ["not graded", "right"]
-
-    @pytest.mark.parametrize("junk", [None, 3, "x", [], {}, [[1]], float("nan")])
-    def test_fields_of_any_type_do_not_break_the_page(self, tmp_path, junk):
-        keys = list(answer("a"))
-        write_jsonl(
-            tmp_path / "eval/x.jsonl",
-            *({**answer("a"), key: junk} for key in keys),
-            {},
-            {"id": junk},
-        )
-        names = ("step", "phase", "role", "id", "completion", "reward", "reward_parts", "boxes")
-        write_jsonl(tmp_path / "samples/step_0.jsonl", *({n: junk} for n in names))
-        write_jsonl(tmp_path / "metrics.jsonl", *({"step": 1, n: junk} for n in names))
-        fields = ("before", "after", "stages", "seed")
-        (tmp_path / "summary.json").write_text(json.dumps(dict.fromkeys(fields, junk)))
-        write_report(tmp_path)
-
-
 class TestSelection:
     def test_cards_are_limited_and_the_rest_is_counted(self, finished_run, tmp_path):
         page = Page(write_report(finished_run, tmp_path / "r.html", max_cards=40))
@@ -437,100 +246,6 @@ def test_numbers_read_well():
         "1 h 2 min",
         "24 h 0 min",
     ]
-
-
-def test_in_a_browser(finished_run, tmp_path):
-    """The script runs under the page's own policy, without errors, and a filter hides cards."""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
-    original = write_report(finished_run, tmp_path / "report.html").read_text("utf-8")
-    # The real page, then a copy whose policy lets a test script choose two filters.
-    dom, log = _dump_dom(browser, tmp_path / "report.html", tmp_path)
-    assert "CONSOLE" not in log
-    assert "<title>tiny-two-phase · p2r report</title>" in dom
-    first, total = map(int, re.search(r"<output[^>]*>(\d+) of (\d+) shown", dom).groups())
-    assert first == len(cards_shown(dom)) < total
-
-    script = """<script>
-      const bar = document.querySelector("[data-gallery=answer-cards]");
-      document.querySelector("#answers .more").click();
-      document.title = bar.querySelector("output").textContent;
-      bar.querySelector("[data-field=mode]").value = "=p2r";
-      bar.querySelector("[data-search]").value = "VSTAR-003 disc";
-      bar.dispatchEvent(new Event("input"));
-      document.querySelector("#answer-cards .card:not([hidden]) .zoom").click();
-      document.querySelector("[data-chart]").dispatchEvent(
-        new KeyboardEvent("keydown", {key: "Home"}));
-    </script></body>"""
-    steered = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", original)
-    (tmp_path / "steered.html").write_text(steered.replace("</body>", script), "utf-8")
-    dom, log = _dump_dom(browser, tmp_path / "steered.html", tmp_path)
-    assert "CONSOLE" not in log
-    assert f"<title>{2 * first} of {total} shown</title>" in dom
-    shown = cards_shown(dom)
-    assert len(shown) == 3  # Question 3 in every evaluation.
-    assert all('data-mode="p2r"' in card for card in shown)
-    assert re.search(r'<dialog id="zoom"[^>]* open=""', dom)
-    assert re.search(r'<div id="tooltip"[^>]*>step 0\np2r  38 %   33 – 43<', dom)
-
-
-def cards_shown(dom: str) -> list[str]:
-    """Tags of the answers that no filter hides."""
-    cards = re.findall(r"<article class=\"card[^>]*>", dom)
-    return [card for card in cards if "hidden" not in card]
-
-
-def _dump_dom(browser: str, page: Path, scratch: Path) -> tuple[str, str]:
-    profile = scratch / f"profile-{page.stem}"
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-sync",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--enable-logging=stderr",
-    ]
-    result = subprocess.run(
-        [browser, *flags, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "DBUS_SESSION_BUS_ADDRESS": "disabled:"},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout, result.stderr
-
-
-def answer(id_: str, **fields: Any) -> dict[str, Any]:
-    """An evaluation record with every field."""
-    return {
-        "id": id_,
-        "mode": "p2r",
-        "category": "a",
-        "question": "Which?",
-        "options": ["red", "blue"],
-        "answer": "A",
-        "prediction": "A",
-        "correct": 1,
-        "perceiver_text": "[]",
-        "parse_ok": True,
-        "boxes": [],
-        "true_boxes": [],
-        "reasoner_text": "<answer>A</answer>",
-        "hit": None,
-        "iou": None,
-        "area": None,
-        "width": 400,
-        "height": 300,
-        "image": None,
-        "crops": [],
-        **fields,
-    }
 
 
 def test_evaluations_are_listed_in_the_order_they_were_made():

@@ -114,3 +114,15 @@ def test_no_configuration_breaks_it(tmp_path, text):
     progress = progress_of(tmp_path, taken(tmp_path, [2]), notes)
     assert progress.step == 2
     assert bool(notes) == (text in ("[1, 2]", "{", "a: *b"))
+
+
+def test_a_phase_given_in_epochs_is_as_long_as_the_run_has_said(tmp_path):
+    run = make(tmp_path, [None, 12])
+    rows = taken(run, [7])
+    assert progress_of(run, rows, []).total is None
+    (run / "schedule.json").write_text('{"steps": [24, 12]}\n')
+    progress = progress_of(run, rows, notes := [])
+    assert (progress.total, progress.where) == (36, "round 1 perceiver, step 7 of 24")
+    assert notes == []
+    (run / "schedule.json").write_text('{"steps": [24]}')  # of another config
+    assert progress_of(run, rows, []).total is None

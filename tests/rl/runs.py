@@ -50,6 +50,7 @@ class Run:
         self.weights: list[tuple[str, int, int]] = []
         """Role, policy and partner."""
         self.questions: list[tuple[str, ...]] = []
+        self.seeds: list[tuple[int, ...]] = []
         with pytest.MonkeyPatch.context() as patch:
             for role, collect in experience.COLLECT.items():
                 patch.setitem(experience.COLLECT, role, self.watched(role, collect))
@@ -61,6 +62,7 @@ class Run:
         def watching(step):
             self.weights.append((role, fingerprint(step.policy), fingerprint(step.partner)))
             self.questions.append(tuple(loaded.row.id for loaded in step.rows))
+            self.seeds.append(tuple(map(int, step.seeds)))
             return collect(step)
 
         return watching

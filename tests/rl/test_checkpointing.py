@@ -23,6 +23,9 @@ from p2r_jax.rl.schedule import Progress
 from p2r_jax.rl.step import TrainState, new_state
 from p2r_jax.rl.stop import RunStopped
 
+# Orbax leaves half-done reads of a torn checkpoint to the garbage collector, which complains.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 SHAPES = {"kernel": (64, 200), "bias": (200,)}
 SETTINGS = {"seed": 3, "loss": {"kl_weight": 0.01}}
 

@@ -20,7 +20,8 @@ from p2r_jax.config import OptimizerConfig
 from p2r_jax.parallel.mesh import make_mesh, parameter_shardings
 from p2r_jax.qwen3_vl import Qwen3VLConfig
 from p2r_jax.qwen3_vl.hf import abstract_model
-from p2r_jax.rl.optimizer import learning_rate, make_optimizer, make_schedule, optimizer_bytes
+from p2r_jax.rl.memory import opt_state_bytes
+from p2r_jax.rl.optimizer import learning_rate, make_optimizer, make_schedule
 from p2r_jax.rl.step import new_state
 from tests.small_model import make_model
 
@@ -180,26 +181,26 @@ class TestAdafactor:
         kernels = sum(math.prod(SHAPES[k]) for k in ("kernel", "heads"))
         norm = math.prod(SHAPES["norm"])
         counters = 8
-        assert optimizer_bytes(ADAMW, params) == 8 * (kernels + norm) + counters
+        assert opt_state_bytes(ADAMW, params) == 8 * (kernels + norm) + counters
         rounded = dataclasses.replace(ADAMW, moment_dtype="bfloat16")
-        assert optimizer_bytes(rounded, params) == 6 * (kernels + norm) + counters
-        assert optimizer_bytes(ADAFACTOR, params) < 0.02 * 4 * kernels + 4 * norm
+        assert opt_state_bytes(rounded, params) == 6 * (kernels + norm) + counters
+        assert opt_state_bytes(ADAFACTOR, params) < 0.02 * 4 * kernels + 4 * norm
 
     @BOTH
     def test_the_bytes_are_those_of_the_state(self, config):
         params = jax.tree.map(jnp.asarray, make_tree(0))
         state = make_optimizer(config, 3).init(params)
-        assert optimizer_bytes(config, params) == sum(x.nbytes for x in jax.tree.leaves(state))
+        assert opt_state_bytes(config, params) == sum(x.nbytes for x in jax.tree.leaves(state))
 
     def test_bytes_of_a_real_size(self):
         """Qwen3-VL-4B. Its vision heads are narrower than 128: their moment is kept in full."""
         hf = json.loads((CONFIGS / "config_4B.json").read_text())
         params = nnx.state(abstract_model(Qwen3VLConfig.from_hf(hf)), nnx.Param)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-        assert optimizer_bytes(ADAMW, params) == 8 * count + 8
-        assert optimizer_bytes(ADAFACTOR, params) < 0.08 * 8 * count
+        assert opt_state_bytes(ADAMW, params) == 8 * count + 8
+        assert opt_state_bytes(ADAFACTOR, params) < 0.08 * 8 * count
         frozen = dataclasses.replace(ADAFACTOR, freeze_vision=True)
-        assert optimizer_bytes(frozen, params) < 0.002 * 8 * count
+        assert opt_state_bytes(frozen, params) < 0.002 * 8 * count
 
     def test_layers_of_a_stack_share_the_clipping_but_no_moments(self):
         calm = make_tree(1, 1e-4)
@@ -292,8 +293,8 @@ class TestBoth:
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), start, free)))
         tower, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(params)
         tower = {"visual": rest.pop("visual")}
-        assert optimizer_bytes(frozen, params) == optimizer_bytes(config, rest)
-        assert optimizer_bytes(frozen, tower) < 100
+        assert opt_state_bytes(frozen, params) == opt_state_bytes(config, rest)
+        assert opt_state_bytes(frozen, tower) < 100
 
     def test_an_unknown_name(self):
         with pytest.raises(ValueError, match=r"optimizer\.name must be adamw or adafactor"):

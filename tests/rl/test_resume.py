@@ -50,6 +50,25 @@ class TestKilled:
         launch.train(config)
         assert_same_outcome(tmp_path / "run", whole)
 
+    def test_with_a_torn_checkpoint_it_goes_on_from_the_one_before(
+        self, whole, tmp_path, tiny_checkpoint, capsys
+    ):
+        """The step in between is taken again, and its row is there once."""
+        config = make_config(tmp_path / "run", tiny_checkpoint)
+        kill(config, "_step", 4)
+        folder = tmp_path / "run" / "checkpoints"
+        assert sorted(f.name for f in folder.iterdir()) == ["2", "3"]
+        files = [f for f in (folder / "3" / "state").rglob("*") if f.parent.name == "d"]
+        largest = max(files, key=lambda f: f.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+        capsys.readouterr()
+        rest = Run(config)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "the checkpoint of step 3 cannot be read and is skipped" in printed
+        assert "resuming at step 2 of 4" in printed
+        assert [role for role, _, _ in rest.weights] == ["reasoner", "reasoner"]
+        assert_same_outcome(tmp_path / "run", whole)
+
     def test_by_sigkill_at_any_moment(self, whole, tmp_path, tiny_checkpoint):
         """Another process, killed as soon as its second step is logged: that step's checkpoint may
         be whole, half written or not begun."""

@@ -24,6 +24,7 @@ class TestLength:
             pytest.param(0.5, 10_000, 64, 78, id="half of one"),
             pytest.param(1.5, 7, 2, 4, id="4.5 rounded down"),
             pytest.param(1.0, 64, 64, 1, id="just one batch"),
+            pytest.param(0.29, 6400, 64, 29, id="not 28.999999999999996"),
         ],
     )
     def test_an_epoch_has_no_partial_batch(self, epochs, rows, prompts, steps):
@@ -92,13 +93,14 @@ class TestWhoLearns:
 
 
 class TestProgress:
-    def test_counts_steps_and_the_batches_they_took(self):
-        progress = Progress(phase=1, phase_step=3, step=9, batch=5)
-        assert progress.after_step() == Progress(1, 4, 10, 6)
-        assert progress.after_step(3) == Progress(1, 4, 10, 8)
+    BEFORE = Progress(phase=1, phase_step=3, step=9, batch=5, tokens=700)
+
+    def test_counts_steps_the_batches_they_took_and_tokens(self):
+        assert self.BEFORE.after_step() == Progress(1, 4, 10, 6, 700)
+        assert self.BEFORE.after_step(3, 50) == Progress(1, 4, 10, 8, 750)
 
     def test_the_next_phase_starts_with_its_own_first_batch(self):
-        assert Progress(1, 4, 10, 8).next_phase() == Progress(2, 0, 10, 0)
+        assert self.BEFORE.next_phase() == Progress(2, 0, 9, 0, 700)
 
 
 class TestSettingsThatCannotWork:

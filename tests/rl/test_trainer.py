@@ -66,7 +66,7 @@ class TestOneRoleLearnsAtATime:
 
 class TestWhatARunLeavesBehind:
     def test_metrics_of_every_step(self, whole):
-        names = ("step", "phase", "round", "phase_number", "phase_step", "batches")
+        names = ("step", "phase", "round", "phase_number", "phase_step", "data/batches")
         assert [tuple(row[name] for name in names) for row in whole.steps] == [
             (1, "perceiver", 1, 1, 1, 1),
             (2, "perceiver", 1, 1, 2, 1),
@@ -79,8 +79,8 @@ class TestWhatARunLeavesBehind:
             "completion/truncated_fraction loss/policy loss/total loss/anchor entropy/mean kl/mean "
             "ratio approx_kl clip_low_fraction clip_high_fraction dual_clip_fraction "
             "sampler_gap/mean sampler_gap/max grad_norm lr skipped_steps tokens/prompts "
-            "tokens/completions rollout/steps rollout/occupancy verifier/asked verifier/failed "
-            "compile/count compile/seconds"
+            "tokens/completions tokens/seen rollout/steps rollout/occupancy verifier/asked "
+            "verifier/failed data/unreadable compile/count compile/seconds"
         )
         stages = "data upload weights encode prefill decode partner reward reference update samples"
         names = f"{names} time/step {' '.join(f'time/{stage}' for stage in stages.split())}"
@@ -96,6 +96,11 @@ class TestWhatARunLeavesBehind:
             assert row["skipped_steps"] == 0
             parts = sum(row[f"time/{stage}"] for stage in stages.split())
             assert 0.5 * row["time/step"] < parts <= row["time/step"]
+
+    def test_tokens_seen_are_those_of_all_steps(self, whole):
+        """So progress can be compared between runs of other batch sizes."""
+        each = [row["tokens/prompts"] + row["tokens/completions"] for row in whole.steps]
+        assert [row["tokens/seen"] for row in whole.steps] == np.cumsum(each).tolist()
 
     def test_the_time_of_a_save_is_in_the_row_that_follows(self, whole):
         """The row of a step is written before its checkpoint, so that no checkpoint lacks it."""

@@ -41,6 +41,12 @@ def _small_world(small_world):
 class Same:
     """What all variants have in common."""
 
+    def test_nothing_is_sampled_with_the_same_noise_twice(self, runs):
+        """Neither in another step, nor by another role, nor on a further batch of questions."""
+        whole, _ = runs
+        seeds = [seed for own in whole.seeds for seed in own]
+        assert len(seeds) == len(set(seeds)) == PROMPTS * len(whole.weights)
+
     def test_killed_and_resumed_nothing_is_different(self, runs):
         whole, killed = runs
         assert_same_outcome(killed.folder, whole)
@@ -56,7 +62,7 @@ class TestSeveralUpdatesAStep(Same):
 
     @pytest.fixture(scope="class")
     def seen(self):
-        """Tokens and ratio of each update."""
+        """Tokens, ratio and microbatches of each update."""
         return []
 
     @pytest.fixture(scope="class")
@@ -68,9 +74,10 @@ class TestSeveralUpdatesAStep(Same):
         config.optimizer.final_fraction = 0.1
         original = trainer.train_step
 
-        def watching(state, batches, *args, **kwargs):
-            after, metrics = original(state, batches, *args, **kwargs)
-            seen.append((np.asarray(batches[0].tokens), float(metrics[0]["ratio"])))
+        def watching(state, batches, *args, objectives, **kwargs):
+            after, metrics = original(state, batches, *args, objectives=objectives, **kwargs)
+            ratio, parts = float(metrics[0]["ratio"]), objectives[0].microbatches
+            seen.append((np.asarray(batches[0].tokens), ratio, parts))
             return after, metrics
 
         with pytest.MonkeyPatch.context() as patch:
@@ -78,8 +85,9 @@ class TestSeveralUpdatesAStep(Same):
             return straight_and_killed(folder, config, step=2)
 
     def test_each_half_is_taken_twice(self, runs, seen):
-        tokens = [tokens for tokens, _ in seen]
+        tokens = [tokens for tokens, _, _ in seen]
         assert len(tokens) == 16
+        assert {parts for _, _, parts in seen} == {1}  # A half is one microbatch.
         for first in range(0, 16, 4):
             assert tokens[first].shape[0] == PROMPTS // 2
             np.testing.assert_array_equal(tokens[first], tokens[first + 2])
@@ -88,7 +96,7 @@ class TestSeveralUpdatesAStep(Same):
 
     def test_the_ratio_is_taken_against_the_policy_the_step_began_with(self, runs, seen):
         """Only in the first update it is 1; of the four, a row tells the mean."""
-        ratios = [ratio for _, ratio in seen]
+        ratios = [ratio for _, ratio, _ in seen]
         for first in range(0, 16, 4):
             assert ratios[first] == pytest.approx(1, abs=1e-4)
             assert min(abs(ratio - 1) for ratio in ratios[first + 1 : first + 4]) > 1e-3
@@ -158,7 +166,7 @@ class TestJoint(Same):
 
     def test_metrics_of_each_role_are_under_its_name(self, runs):
         for row in runs[0].steps:
-            assert (row["phase"], row["batches"]) == ("joint", 1)
+            assert (row["phase"], row["data/batches"]) == ("joint", 1)
             for name in ("reward/mean", "loss/policy", "kl/mean", "entropy/mean", "ratio"):
                 assert np.isfinite(row[f"perceiver/{name}"])
                 assert np.isfinite(row[f"reasoner/{name}"])
@@ -286,16 +294,16 @@ class TestDynamicSampling(Same):
     def test_further_batches_replace_groups_that_agree(self, runs):
         whole, _ = runs
         perceiver, reasoner = whole.steps[:3], whole.steps[3:]
-        assert all(1 <= row["batches"] <= 4 for row in perceiver)
-        assert max(row["batches"] for row in perceiver) > 1
+        assert all(1 <= row["data/batches"] <= 4 for row in perceiver)
+        assert max(row["data/batches"] for row in perceiver) > 1
         for row in perceiver:
-            assert row["reward/zero_variance_groups"] == 0 or row["batches"] == 4
-        assert [row["batches"] for row in reasoner] == [1]
+            assert row["reward/zero_variance_groups"] == 0 or row["data/batches"] == 4
+        assert [row["data/batches"] for row in reasoner] == [1]
 
     def test_no_question_is_asked_twice_and_none_is_left_out(self, runs, tiny_checkpoint):
         """The next step goes on where the last one stopped; so does a run that was killed."""
         whole, killed = runs
-        used = sum(row["batches"] for row in whole.steps[:3])
+        used = sum(row["data/batches"] for row in whole.steps[:3])
         assert len(whole.questions) == used + 1
         from p2r_jax.data.sources import load_source
 
@@ -303,13 +311,8 @@ class TestDynamicSampling(Same):
         batches = training_batches(source, PROMPTS, seed=0)
         expected = [tuple(r.row.id for r in next(batches)) for _ in range(used)]
         assert whole.questions[:used] == expected
-        left = whole.steps[2]["batches"] + 1
+        left = whole.steps[2]["data/batches"] + 1
         assert killed.questions == whole.questions[-left:]
-
-    def test_completions_are_drawn_anew_for_every_batch(self, runs):
-        """Other questions, and other noise."""
-        ids = {(s["id"], s["completion"]) for step in (1, 2, 3) for s in runs[0].samples(step)}
-        assert len(ids) > 6
 
     def test_the_update_takes_as_many_questions_as_always(self, runs):
         for row in runs[0].steps[:3]:
