@@ -42,6 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"p2r {parsed.command}: {error}", file=sys.stderr)
         return _alone(EXIT_STOPPED)
     except Exception as error:
+        if str(error).startswith("RESOURCE_EXHAUSTED"):
+            print(
+                f"p2r {parsed.command}: the devices have too little memory: lower "
+                "phases[i].microbatch or rollout.slots, or split over more devices (mesh). "
+                f"{str(error).splitlines()[0][:300]}",
+                file=sys.stderr,
+            )
+            return _alone(EXIT_STOPPED)
         if not _lost_a_process(error):
             traceback.print_exc()
             return _alone(1)
@@ -58,7 +66,10 @@ def main(argv: list[str] | None = None) -> int:
 def _lost_a_process(error: Exception) -> bool:
     import jax
 
-    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+    # What a program or its inputs are to blame for would fail again.
+    own = ("INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION", "NOT_FOUND")
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(own)
+    return lost and jax.process_count() > 1
 
 
 def _alone(code: int) -> int:

@@ -95,7 +95,8 @@ class DataConfig:
     """`visual_search` (the procedural task) or a .jsonl / .parquet file of rows."""
     validation: str = "visual_search"
     max_bad_fraction: float = 0.01
-    """Rows that cannot be read are listed, counted and skipped up to this fraction."""
+    """Rows that cannot be read are listed, counted and skipped up to this fraction; in training the
+    next row takes their place."""
 
 
 @dataclasses.dataclass
@@ -146,7 +147,7 @@ class PhaseConfig:
     as the drift of the role that does not learn."""
     role_anchor_prompts: int = 16
     """Prompts of the idle role that it is taken on in each step, at most `prompts`; 0 = none, and
-    nothing is logged."""
+    nothing is logged, as with `partner: step`."""
 
     @property
     def updates_per_step(self) -> int:
@@ -183,6 +184,10 @@ class PhaseConfig:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if self.role_anchor and not self.role_anchor_prompts:
             raise ValueError("role_anchor needs role_anchor_prompts of at least 1")
+        if self.role_anchor and self.partner == "step":
+            raise ValueError(
+                "role_anchor holds the idle role at the snapshot: set partner to phase"
+            )
         if self.role_anchor and self.role in ("baseline", "joint"):
             raise ValueError(f"role_anchor: {self.role!r} has no idle role to anchor")
         if self.reasoner_max_new_tokens is not None and self.role != "joint":
@@ -230,7 +235,8 @@ class OptimizerConfig:
     freeze_vision: bool = False
     """Leave the vision tower as it is (no gradient, no weight decay)."""
     max_skipped: int = 20
-    """Steps with a non-finite gradient are skipped; more than this many stop the run."""
+    """Updates with a non-finite gradient are skipped; more than this many in a phase stop the
+    run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +356,9 @@ class LogConfig:
 @dataclasses.dataclass
 class CheckpointConfig:
     every: int = 30
+    """Steps; the end of a phase has one too."""
     keep: int = 2
+    """Newest checkpoints that stay."""
 
 
 @dataclasses.dataclass

@@ -246,6 +246,15 @@ class TestExitCodes:
         with pytest.raises(ValueError, match="a setting"):
             train(ValueError("a setting"))
 
+    def test_2_if_the_devices_are_too_small_even_with_several_processes(self, train, monkeypatch):
+        """Started again it would fail again."""
+        import jax
+
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        code, said = train(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+        assert code == 2
+        assert "too little memory: lower phases[i].microbatch" in said
+
     @pytest.mark.parametrize("processes, expected", [(1, 1), (2, 75)])
     def test_75_if_another_process_is_gone(self, train, monkeypatch, processes, expected):
         """Alone, the same error can only be a bug."""

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ class Unreadable:
     def add(self, error: RowError) -> None:
         """Raises `error` once there are more than `limit` rows."""
         with self._lock:
-            if error.row_id in self.problems:
-                return
+            known = error.row_id in self.problems
             self.problems[error.row_id] = str(error)
             if len(self.problems) > self.limit:
                 raise error
+            if known:
+                return
             logger.warning("%s; the row is skipped", error)
             if self.listing is not None:
                 self.listing.parent.mkdir(parents=True, exist_ok=True)
@@ -59,13 +61,24 @@ class Unreadable:
                     file.write(json.dumps(line) + "\n")
 
 
+def _image(row: Row) -> np.ndarray:
+    """Of a disk that fails now and then: on one process alone, it would train on other rows."""
+    for wait in (1.0, 4.0):
+        try:
+            return row.load_image()
+        except OSError as error:
+            logger.warning("row %r: %s; trying again in %.0f s", row.id, error, wait)
+            time.sleep(wait)
+    return row.load_image()
+
+
 def load(source: Sequence[Row] | Any, index: int, unreadable: Unreadable) -> LoadedRow:
     """The row, or the next one that can be read: so that batches keep their size and their order
     depends on the data alone."""
     for further in range(len(source)):
         row = source[(index + further) % len(source)]
         try:
-            return LoadedRow(row, row.load_image())
+            return LoadedRow(row, _image(row))
         except RowError as error:
             unreadable.add(error)
     raise ValueError("no row of the data has an image that can be read")
@@ -95,7 +108,7 @@ def training_batches(
         .repeat(reseed_each_epoch=True)
         .map(lambda indices: [load(source, int(index), bad) for index in indices])
     )
-    # One thread a step ahead hides decoding behind the device; order is kept.
+    # Two threads, some batches ahead, hide decoding behind the device; order is kept.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     iterator = iter(dataset.to_iter_dataset(options))
     iterator.set_state({"next_index": start})
@@ -119,7 +132,7 @@ def evaluation_batches(
         loaded = []
         for row in (source[i] for i in range(begin, min(begin + batch, stop))):
             try:
-                loaded.append(LoadedRow(row, row.load_image()))
+                loaded.append(LoadedRow(row, _image(row)))
             except RowError as error:
                 bad.add(error)
         if loaded:

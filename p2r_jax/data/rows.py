@@ -118,6 +118,7 @@ class Row:
 
         Raises:
           RowError: the file is missing or not an image; the message names row and file.
+          OSError: it could not be read.
         """
         source = self.image_source
         while callable(source):
@@ -145,6 +146,8 @@ class Row:
         except FileNotFoundError as error:
             raise RowError(self.id, "image", f"file not found: {name}") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # The disk or the network, not the image: perhaps not the next time.
             # Pillow reports broken files through any of these, depending on the format.
             raise RowError(self.id, "image", f"cannot decode {name}: {error}") from error
 

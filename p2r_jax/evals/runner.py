@@ -120,7 +120,7 @@ def evaluate(
     check_modes(modes, partner is not None)
     grader = grader or Grader()
     records: list[Record] = []
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=not is_main()) as progress:
         task = progress.add_task(description, total=total)
         for batch in batches:
             images = ImageStore.upload(

@@ -41,15 +41,18 @@ def training_batch(
     mesh: Mesh | None,
     lengths: Sequence[int] = (),
     max_dropped_fraction: float = 1.0,
+    sampled: Sequence[Sequence[Reward]] | None = None,
 ) -> tuple[TrainingBatch, dict[str, float]]:
     """The batch of an update, and metrics of what was collected.
 
     Samples that could not be graded and filling rows are masked out. lengths: what completions may
-    be padded to instead of their limit, see `response_length`. Raises RunStopped if more samples
-    could not be graded than `max_dropped_fraction`.
+    be padded to instead of their limit, see `response_length`. sampled: rewards of all groups that
+    were sampled, of which dynamic sampling chose; metrics and the limit are about these. Raises
+    RunStopped if more of them could not be graded than `max_dropped_fraction`.
     """
     values, valid, advantages = advantages_of(experience.rewards, loss)
-    dropped = 1.0 - valid.mean()
+    everything = experience.rewards if sampled is None else [list(group) for group in sampled]
+    dropped = float(np.mean([reward.value is None for group in everything for reward in group]))
     if dropped > max_dropped_fraction:
         raise RunStopped(
             f"{dropped:.0%} of the samples could not be graded (limit reward.max_dropped_fraction "
@@ -73,8 +76,9 @@ def training_batch(
         place(advantages),
     )
     valid_prompt = to_host(prompts.valid)
-    return batch, _reward_metrics(experience, values, valid) | {
-        "reward/dropped_fraction": float(dropped),
+    return batch, _reward_metrics(everything) | _box_metrics(experience) | {
+        "reward/dropped_fraction": dropped,
+        "reward/teaching_groups": float(np.mean(~np.asarray(zero_variance_groups(values, valid)))),
         "tokens/prompts": int(valid_prompt[: len(values)].sum()),
         "tokens/completions": int(written.sum()),
         "completion/length_mean": float(written.mean()),
@@ -98,9 +102,9 @@ def response_length(longest: int, limit: int, lengths: Sequence[int]) -> int:
     return min([limit, *(length for length in lengths if length >= longest)])
 
 
-def _reward_metrics(
-    experience: Experience, values: np.ndarray, valid: np.ndarray
-) -> dict[str, float]:
+def _reward_metrics(rewards: Sequence[Sequence[Reward]]) -> dict[str, float]:
+    values = np.array([[0.0 if r.value is None else r.value for r in g] for g in rewards])
+    valid = np.array([[r.value is not None for r in group] for group in rewards])
     graded = values[valid]
     metrics = {
         "reward/mean": float(graded.mean()),
@@ -108,21 +112,23 @@ def _reward_metrics(
         "reward/zero_variance_groups": float(np.mean(zero_variance_groups(values, valid))),
     }
     parts: dict[str, list[float]] = collections.defaultdict(list)
-    for group in experience.rewards:
+    for group in rewards:
         for reward in group:
             for name, value in reward.parts.items():
                 parts[name].append(value)
     metrics |= {f"reward/{name}": float(np.mean(v)) for name, v in parts.items()}
     metrics |= {f"reward_std/{name}": float(np.std(v)) for name, v in parts.items()}
+    return metrics
+
+
+def _box_metrics(experience: Experience) -> dict[str, float]:
     areas = [
         (b.bbox_2d[2] - b.bbox_2d[0]) * (b.bbox_2d[3] - b.bbox_2d[1]) / 1e6
         for group in experience.boxes
         for parsed in group
         for b in parsed.boxes
     ]
-    if areas:
-        metrics["boxes/mean_area"] = float(np.mean(areas))
-    return metrics
+    return {"boxes/mean_area": float(np.mean(areas))} if areas else {}
 
 
 def anchor_batch(
@@ -137,6 +143,8 @@ def anchor_batch(
     lengths: as for `training_batch`.
     """
     if not phase.role_anchor_prompts or not any(experience.idle_requests):
+        return None
+    if phase.partner == "step":  # The outputs are not the snapshot's.
         return None
     # The idle reasoner has G prompts a question: take them from as many questions as there are.
     every = list(itertools.chain.from_iterable(experience.idle_requests))

@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import shutil
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +37,13 @@ class Checkpoints:
         config: CheckpointConfig,
         settings: dict[str, Any] | None = None,
         notify: Callable[[str], None] = print,
+        data: dict[str, Any] | None = None,
     ):
         """settings: of the run, written into each checkpoint. notify: told what a person should
-        know of damaged checkpoints."""
+        know of damaged checkpoints. data: JSON values that describe the data; a checkpoint that
+        has others is refused."""
         self.every, self.notify, self.settings = config.every, notify, settings or {}
+        self.data = data or {}
         self.folder = (run / "checkpoints").absolute()
         self.saved: int | None = None
         """Step of the newest checkpoint."""
@@ -72,6 +76,7 @@ class Checkpoints:
         meta = {
             "progress": dataclasses.asdict(progress),
             "pending": pending,
+            "data": self.data,
             "contents": _fingerprint(tree),
             "settings": self.settings,
             "environment": environment(),
@@ -119,7 +124,12 @@ class Checkpoints:
         for step in steps:
             found, problem = None, None
             try:
-                found = self._read(step, like, snapshot)
+                found = self._read_insisting(step, like, snapshot)
+            except _OtherData as error:
+                raise ValueError(
+                    f"{self.folder} is of a run on other data ({error}): give it the data that it "
+                    "was started with, or choose another `run` folder"
+                ) from error
             except _OtherContents as error:
                 raise ValueError(
                     f"{self.folder} does not fit this run's model or optimizer: use another `run` "
@@ -141,6 +151,18 @@ class Checkpoints:
             )
         return None
 
+    def _read_insisting(self, step: int, like: TrainState, snapshot: Any) -> Any:
+        """A disk that fails now and then must not cost a whole checkpoint."""
+        for wait in (1.0, 4.0):
+            try:
+                return self._read(step, like, snapshot)
+            except OSError as error:
+                if isinstance(error, FileNotFoundError):
+                    raise
+                self.notify(f"reading the checkpoint of step {step} failed, again: {error}")
+                time.sleep(wait)
+        return self._read(step, like, snapshot)
+
     def _read(
         self, step: int, like: TrainState, snapshot: Any
     ) -> tuple[Progress, TrainState, Any, dict[str, float] | None]:
@@ -149,6 +171,9 @@ class Checkpoints:
         tree = _tree(like, snapshot)
         if meta["contents"] != _fingerprint(tree):
             raise _OtherContents
+        other = [name for name, value in self.data.items() if meta["data"].get(name) != value]
+        if other:
+            raise _OtherData(f"other {', '.join(other)}")
         args = ocp.args.Composite(state=ocp.args.StandardRestore(tree))
         read = self.manager.restore(step, args=args).state
         now, before = environment(), meta["environment"]
@@ -175,7 +200,11 @@ class Checkpoints:
 
 
 class _OtherContents(Exception):
-    pass
+    """Shapes or types of another model or optimizer."""
+
+
+class _OtherData(Exception):
+    """What differs."""
 
 
 def environment() -> dict[str, str]:

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from p2r_jax.config import TrainConfig
 from p2r_jax.data.loader import LoadedRow, Unreadable, evaluation_batches
 from p2r_jax.evals.runner import Decoding, EvalWriter, evaluate
 from p2r_jax.evals.scoring import summarize_modes
-from p2r_jax.parallel.multihost import is_main
+from p2r_jax.parallel.multihost import gather, is_main
 from p2r_jax.rl.run_log import RunLog
-from p2r_jax.rl.schedule import Phase
+from p2r_jax.rl.schedule import Phase, learning_roles
 from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import Pipeline
 
@@ -71,7 +72,7 @@ class Evaluations:
             grader=self.grader,
             partner=partner,
         )
-        return _flat(records)
+        return self._flat(records)
 
     def _batches(self, questions: int) -> Iterator[list[LoadedRow]]:
         size, bad = self.config.eval.batch, self.unreadable
@@ -107,40 +108,45 @@ class Evaluations:
             on_record=writer,
             description=f"evaluating {name}",
         )
-        metrics = _flat(records) | {"time/evaluation": time.perf_counter() - begin}
+        metrics = self._flat(records) | {"time/evaluation": time.perf_counter() - begin}
         # In this order: a row without its summary is dropped on resume and written again.
         log.metrics(step, {"phase": "eval", "name": name}, metrics)
         self.summaries[name] = writer.finish(records)["modes"]
+
+    def _flat(self, records: list[dict[str, Any]]) -> dict[str, float]:
+        """Flat metrics; answers that nothing could grade are left out and counted."""
+        flat: dict[str, float] = {}
+        graded = [record for record in records if record["correct"] is not None]
+        for mode, summary in summarize_modes("", graded)["modes"].items():
+            for name in ("accuracy", "low", "high", "hit_rate", "mean_iou", "mean_area"):
+                if summary.get(name) is not None:
+                    flat[f"eval/{mode}/{name}"] = summary[name]
+        flat["eval/ungraded"] = len(records) - len(graded)
+        counts = self.grader.counts()
+        return flat | {f"eval/verifier_{name}": count for name, count in counts.items()}
 
     def load(self, step: int) -> None:
         """After a resume at `step`: the full ones that were done by then."""
         steps = [0, *(phase.steps for phase in self.phases)]
         names = ("before", *map(self.name_after, self.phases))
-        for name, done in zip(names, itertools.accumulate(steps), strict=True):
-            file = self.run / "eval" / f"{name}.json"
-            if done <= step and file.is_file():
-                self.summaries[name] = json.loads(file.read_text())["modes"]
+        files = [self.run / "eval" / f"{name}.json" for name in names]
+        # One process decides for all: a file that only some of them see would part their ways.
+        there = gather(np.asarray([file.is_file() for file in files]))[0]
+        done = itertools.accumulate(steps)
+        for name, file, end, found in zip(names, files, done, there, strict=True):
+            if end <= step and found:
+                self.summaries[name] = json.loads(file.read_text())["modes"] if is_main() else {}
 
 
 def decoding_of(config: TrainConfig) -> Decoding:
     """What each role may write: as much as in any phase."""
     caps: dict[str, int] = {}
     for phase in config.phases:
-        role = "perceiver" if phase.role == "joint" else phase.role
-        caps[role] = max(caps.get(role, 0), phase.max_new_tokens)
-        idle = {"perceiver": "reasoner", "reasoner": "perceiver"}.get(role)
-        if idle:
-            own = phase.reasoner_max_new_tokens or 0
-            caps[idle] = max(caps.get(idle, 0), own, phase.partner_max_new_tokens)
+        for own in learning_roles(phase):
+            caps[own.role] = max(caps.get(own.role, 0), own.max_new_tokens)
+            idle = {"perceiver": "reasoner", "reasoner": "perceiver"}.get(own.role)
+            if idle:
+                caps[idle] = max(caps.get(idle, 0), own.partner_max_new_tokens)
     reasoner = max(caps.get("reasoner", 0), caps.get("baseline", 0))
     penalty = config.eval.repetition_penalty, config.eval.penalize_prompt
     return Decoding.greedy(caps.get("perceiver", 256), reasoner, 16, *penalty)
-
-
-def _flat(records: list[dict[str, Any]]) -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for mode, summary in summarize_modes("", records)["modes"].items():
-        for name in ("accuracy", "low", "high", "hit_rate", "mean_iou", "mean_area"):
-            if summary.get(name) is not None:
-                flat[f"eval/{mode}/{name}"] = summary[name]
-    return flat

@@ -28,6 +28,7 @@ from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.rl.experience import phase_sampling
 from p2r_jax.rl.rewards import Verifier, require_verifier
 from p2r_jax.rl.run_log import require_wandb
+from p2r_jax.rl.stop import StopRequests
 from p2r_jax.rl.trainer import Trainer
 from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import Pipeline, default_prompt_set, greedy_schedule
@@ -38,13 +39,18 @@ from p2r_jax.roles.verifiers import make_verifier
 FREE_TO_CHANGE = ("run", "log", "checkpoint", "mesh", "distributed", "rollout", "export")
 """Settings of how fast and on what, not of what: a run may go on with others."""
 FREE_PARTS = {
-    "model": ("kernels",),
+    # Paths differ between machines; checkpoints know what weights and rows they are of.
+    "model": ("kernels", "path"),
+    "data": ("train", "validation"),
     "verifier": ("base_url", "api_key_variable", "timeout_seconds", "attempts", "concurrency"),
 }
 
 
 def build_trainer(
-    config: TrainConfig, console: Console, verifier: Verifier | None = None
+    config: TrainConfig,
+    console: Console,
+    verifier: Verifier | None = None,
+    stops: StopRequests | None = None,
 ) -> Trainer:
     """Everything a run needs, but for the weights; `verifier` grades free text (default: what
     `config.verifier` says).
@@ -91,7 +97,9 @@ def build_trainer(
     if verifier is None and "free_form" in forms:
         verifier = _checked_verifier(config, pipeline)
     grader = Grader(verifier)
-    return Trainer(config, pipeline, load, like, train_source, validation_source, console, grader)
+    return Trainer(
+        config, pipeline, load, like, train_source, validation_source, console, grader, stops
+    )
 
 
 def _checked_verifier(config: TrainConfig, pipeline: Pipeline) -> Verifier | None:
@@ -148,11 +156,17 @@ def train(config: TrainConfig, verifier: Verifier | None = None) -> dict[str, An
 
     Raises ValueError or OSError before any long work, RunStopped and Preempted later.
     """
-    console = Console(quiet=not is_main())
+    with StopRequests() as stops:
+        return _train(config, Console(quiet=not is_main()), verifier, stops)
+
+
+def _train(
+    config: TrainConfig, console: Console, verifier: Verifier | None, stops: StopRequests
+) -> dict[str, Any]:
     run = Path(config.run)
     require_writable(run)
     check_same_config(config, run)
-    trainer = build_trainer(config, console, verifier)
+    trainer = build_trainer(config, console, verifier, stops)
     trainer.prepare()
     # Only now are the settings known to work: until then they may be corrected freely.
     if is_main():

@@ -29,19 +29,20 @@ class Phase:
 
     @property
     def learning(self) -> tuple[PhaseConfig, ...]:
-        """What each role that learns samples with: one, or both of `joint`."""
-        if self.role != "joint":
-            return (self.config,)
-        own, cap = self.config, self.config.reasoner_max_new_tokens
-        return (
-            dataclasses.replace(own, role="perceiver", reasoner_max_new_tokens=None),
-            dataclasses.replace(
-                own,
-                role="reasoner",
-                max_new_tokens=cap or own.max_new_tokens,
-                reasoner_max_new_tokens=None,
-            ),
-        )
+        """See `learning_roles`."""
+        return learning_roles(self.config)
+
+
+def learning_roles(phase: PhaseConfig) -> tuple[PhaseConfig, ...]:
+    """What each role that learns samples with: one, or both of `joint`."""
+    if phase.role != "joint":
+        return (phase,)
+    cap = phase.reasoner_max_new_tokens or phase.max_new_tokens
+    own = dataclasses.replace(phase, reasoner_max_new_tokens=None)
+    return (
+        dataclasses.replace(own, role="perceiver"),
+        dataclasses.replace(own, role="reasoner", max_new_tokens=cap),
+    )
 
 
 def plan_phases(config: TrainConfig, rows: int) -> tuple[Phase, ...]:

@@ -359,6 +359,21 @@ def _gradient(
     return value, stats, grads
 
 
+@functools.partial(jax.jit, static_argnames=("graph", "dtype"))
+def anchor_drift(
+    params: nnx.State,
+    graph: nnx.GraphDef,
+    anchor: AnchorBatch,
+    allowed: Bool[Array, " V"],
+    *,
+    dtype: Any,
+) -> Float[Array, ""]:
+    """`anchor_loss` of weights that are not held to it: how far the idle role has drifted."""
+    return anchor_loss(
+        params, graph, anchor, allowed, freeze_vision=False, remat=False, dtype=dtype
+    )
+
+
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -412,6 +427,7 @@ def train_step(
         metrics["loss/anchor"] = idle
         if role_anchor:
             grads = jax.tree.map(lambda g, a: g + role_anchor * a, grads, anchor_grads)
+    grads = cast(grads, jnp.float32)  # of bfloat16 weights too: norm and clipping are sums
     metrics["grad_norm"] = optax.global_norm(grads)
 
     finite = jnp.isfinite(metrics["grad_norm"])

@@ -21,7 +21,7 @@ class RunStopped(RuntimeError):
 
 
 class Interrupted(Exception):
-    """Raised inside a step that was asked to end; nothing of the step has happened yet."""
+    """The run was asked to end, at a moment from which a checkpoint can go on."""
 
 
 class Preempted(Exception):

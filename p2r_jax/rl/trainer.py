@@ -14,11 +14,13 @@ that is killed and resumed goes on as if it had not been.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from p2r_jax.config import PhaseConfig, TrainConfig
 from p2r_jax.data.loader import LoadedRow, Unreadable, training_batches
 from p2r_jax.parallel.compilations import Compilations
 from p2r_jax.parallel.mesh import for_decoding
-from p2r_jax.parallel.multihost import is_main, to_host
+from p2r_jax.parallel.multihost import gather, is_main, to_host
 from p2r_jax.qwen3_vl.hf import save_pretrained
 from p2r_jax.rl.batches import advantages_of, anchor_batch, training_batch
 from p2r_jax.rl.checkpointing import Checkpoints, abstract
@@ -50,6 +52,7 @@ from p2r_jax.rl.experience import (
     teaches,
 )
 from p2r_jax.rl.optimizer import learning_rate, make_optimizer, updates_done
+from p2r_jax.rl.rewards import Reward
 from p2r_jax.rl.run_log import RunLog
 from p2r_jax.rl.schedule import Phase, Progress, plan_phases
 from p2r_jax.rl.step import (
@@ -58,6 +61,7 @@ from p2r_jax.rl.step import (
     Objective,
     TrainingBatch,
     TrainState,
+    anchor_drift,
     batch_log_probs,
     cast,
     layout_of,
@@ -96,6 +100,8 @@ class Collected:
     role: PhaseConfig
     experience: Experience
     images: ImageStore
+    sampled: list[list[Reward]]
+    """Rewards of all groups, of which dynamic sampling chose."""
 
 
 class Trainer:
@@ -111,6 +117,7 @@ class Trainer:
         validation_source: Any,
         console: Console,
         grader: Grader,
+        stops: StopRequests | None = None,
     ):
         """load: reads the weights that the run starts from, in `model.param_dtype`, on the mesh of
         `pipeline`. like: their shapes and shardings; a run that is resumed reads only these."""
@@ -122,7 +129,7 @@ class Trainer:
         self.run_folder = Path(config.run)
         self.mesh = pipeline.builder.mesh
         self.dtype = jnp.dtype(config.model.compute_dtype)
-        self.stops = StopRequests()
+        self.stops = stops or StopRequests()
         self.evaluations = Evaluations(
             config, self.phases, pipeline, validation_source, grader, self.stops.check
         )
@@ -146,7 +153,7 @@ class Trainer:
         """Weights on the devices: of the newest checkpoint, or those that the run starts from."""
         settings = dataclasses.asdict(self.config)
         self.checkpoints = Checkpoints(
-            self.run_folder, self.config.checkpoint, settings, self.console.print
+            self.run_folder, self.config.checkpoint, settings, self.console.print, self._data()
         )
         like, snapshot = self._state_like()
         self._state_layout = layout_of(like)
@@ -165,24 +172,39 @@ class Trainer:
             self._partner()
             self.grader.verifier.check()
 
+    def _data(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged: with other rows it would be another run."""
+        rows = len(self.train_source)
+        some = [self.train_source[i].id for i in range(0, rows, max(1, rows // 256))]
+        return {
+            "rows of data.train": rows,
+            "ids of some rows": zlib.crc32("\n".join(some).encode()),
+            "steps of each phase": [phase.steps for phase in self.phases],
+        }
+
     def run(self) -> dict[str, Any]:
         """Train through all phases (or the rest of them); returns the summary.
 
         Raises Preempted after saving if the process is asked to end, RunStopped if going on makes
         no sense.
         """
-        with self.stops:
-            try:
-                return self._run()
-            except Interrupted as request:
-                self._save()
-                self.checkpoints.close()
-                raise Preempted(
-                    f"{request}: the run is saved at step {self.live.progress.step} of "
-                    f"{self.total_steps}; the same command goes on from there"
-                ) from request
+        try:
+            return self._run()
+        except Interrupted as request:
+            self._save()
+            self.checkpoints.close()
+            raise Preempted(
+                f"{request}: the run is saved at step {self.live.progress.step} of "
+                f"{self.total_steps}; the same command goes on from there"
+            ) from request
+        except RunStopped:
+            # A checkpoint may be on its way, and what stopped the run may be that it failed.
+            with contextlib.suppress(RunStopped):
+                self.checkpoints.wait()
+            raise
 
     def _run(self) -> dict[str, Any]:
+        self.stops.check()
         live = self.live
         # A pending row is written again, even if a run that was killed has written it before.
         log = RunLog(
@@ -249,7 +271,7 @@ class Trainer:
             with clock("samples"):
                 self._log_samples(phase, collected, number, log)
         metrics |= {f"verifier/{name}": count for name, count in self.grader.counts().items()}
-        metrics |= {"data/batches": used, "data/unreadable": len(self.unreadable.problems)}
+        metrics["data/batches"] = used
         metrics |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
         metrics["time/step"] = time.perf_counter() - begin
         metrics |= {"compile/count": compiled.count, "compile/seconds": compiled.seconds}
@@ -275,6 +297,7 @@ class Trainer:
         def load() -> tuple[list[LoadedRow], ImageStore]:
             with clock("data"):
                 rows = next(batches)
+                self._must_agree(rows)
             with clock("upload"):
                 return rows, ImageStore.upload([r.image for r in rows], builder.buckets, self.mesh)
 
@@ -304,11 +327,12 @@ class Trainer:
                 self.stops.check()
                 parts.append(experience(role, *load(), number, used))
                 used += 1
+            sampled = [group for part in parts for group in part.rewards]
             if len(parts) > 1:
                 with clock("encode"):
                     chosen, images = choose(parts, own.prompts, self.pipeline)
                 parts = [chosen]
-            collected.append(Collected(role, parts[0], images))
+            collected.append(Collected(role, parts[0], images, sampled))
         return collected, used
 
     def _update(self, phase: Phase, collected: list[Collected], clock: Clock) -> dict[str, float]:
@@ -322,8 +346,9 @@ class Trainer:
         prefix = [f"{c.role.role}/" if len(collected) > 1 else "" for c in collected]
         for one, name in zip(collected, prefix, strict=True):
             batch, about = training_batch(
-                one.experience, config.loss, self.mesh, rings, config.reward.max_dropped_fraction
-            )
+                one.experience, config.loss, self.mesh, rings, config.reward.max_dropped_fraction,
+                one.sampled,
+            )  # fmt: skip
             metrics |= {name + key: value for key, value in about.items()}
             parts = own.prompts // own.microbatch if own.microbatch else 1
             objective = Objective(config.loss, one.role.temperature, one.role.max_new_tokens, parts)
@@ -370,6 +395,16 @@ class Trainer:
     ) -> list[tuple[dict[str, Any], ...]]:
         """All updates of a step; metrics of each, by role."""
         own, results = phase.config, []
+        drift = {}
+        if anchor is not None and not own.role_anchor:
+            # A program of its own: the update is then not compiled anew for sizes of the anchor.
+            drift["loss/anchor"] = anchor_drift(
+                self.live.state.params,
+                self.pipeline.graph,
+                anchor,
+                self.pipeline.vocabulary.allowed,
+                dtype=self.dtype,
+            )
         for number in range(own.updates_per_step):
             part = batches
             if own.minibatches > 1:
@@ -378,7 +413,7 @@ class Trainer:
             self.live.state, scalars = train_step(
                 self.live.state,
                 part,
-                anchor,
+                anchor if own.role_anchor else None,
                 self.pipeline.vocabulary.allowed,
                 graph=self.pipeline.graph,
                 optimizer=self._optimizer(phase),
@@ -389,6 +424,7 @@ class Trainer:
                 dtype=self.dtype,
                 layout=self._state_layout,
             )
+            scalars[0].update(drift)
             results.append(to_host(scalars))
         return results
 
@@ -404,6 +440,16 @@ class Trainer:
             self._made = (updates, make_optimizer(self.config.optimizer, updates))
         return self._made[1]
 
+    def _must_agree(self, rows: list[LoadedRow]) -> None:
+        """Raise RunStopped unless all processes have the same rows before them."""
+        seen = "\n".join(f"{r.row.id} {r.image.shape}" for r in rows)
+        if len(set(gather(np.asarray(zlib.crc32(seen.encode()))).tolist())) > 1:
+            raise RunStopped(
+                "the processes read different rows from data.train, so some of them cannot read "
+                f"all of its images or see another file; see {self.run_folder / 'bad_rows'} and "
+                "the processes' warnings, and start again from the last checkpoint"
+            )
+
     def _partner(self) -> nnx.State:
         """The snapshot's weights, laid out for decoding; also those of a verifier in-process."""
         weights = jax.block_until_ready(self._to_rollout(self.live.snapshot))
@@ -415,7 +461,8 @@ class Trainer:
         if skipped > self.config.optimizer.max_skipped:
             raise RunStopped(
                 f"{skipped} updates of this phase had a non-finite gradient (limit "
-                "optimizer.max_skipped): lower optimizer.learning_rate or use compute_dtype float32"
+                "optimizer.max_skipped): start a new `run` with a lower optimizer.learning_rate or "
+                "with model.compute_dtype float32"
             )
 
     def _state_like(self) -> tuple[TrainState, Any]:

@@ -196,6 +196,7 @@ def fill(
     seeds: Int[Array, " F"],
     pad: Int[Array, ""],
     sampling: Sampling,
+    mesh: Mesh | None,
 ) -> Slots:
     """Run F prompts and put each into its slot, where its first completions start.
 
@@ -203,7 +204,6 @@ def fill(
     alike and `slot` counts within the device's own slots, so no cache moves between devices. The
     prompts may be shorter than the slots, not longer.
     """
-    mesh = nnx.merge(graph, params).kernels.mesh
     own = {name: getattr(state, name) for name in STARTED}
     new = prefill(graph, params, prompts)
     prefix, own = _start(

@@ -100,7 +100,7 @@ def generate(
 
     Raises ValueError if there is no prompt, or if what `load` gives does not fit.
     """
-    plan = _Plan.of(schedule or Schedule(), len(seeds), sampling, nnx.merge(graph, params))
+    plan = _Plan.of(schedule or Schedule(), len(seeds), sampling, *_facts(graph, params))
     shape = (len(seeds), sampling.group, sampling.max_new_tokens)
     tokens, log_probs = np.full(shape, int(vocabulary.pad), np.int32), np.zeros(shape, np.float32)
     seeds = np.asarray(seeds, np.uint32)
@@ -143,6 +143,7 @@ def generate(
                     put(seeds[numbers], where),
                     vocabulary.pad,
                     sampling=sampling,
+                    mesh=plan.mesh,
                 )
                 jax.block_until_ready(prefix.boundary)
         if not (serves >= 0).any():
@@ -160,6 +161,22 @@ def generate(
     steps, drawn = map(int, to_host((state.clock, state.drawn)))
     stopped, occupancy = np.asarray(stops.any(-1)), drawn / (steps * active.size)
     return Completions(tokens, log_probs, mask, stopped, steps, occupancy)
+
+
+def _facts(graph: nnx.GraphDef, params: nnx.State) -> tuple[Mesh | None, TextConfig, Any]:
+    """Mesh, text settings and dtype of a model.
+
+    Of its shapes: what is merged from real weights holds them until Python collects cycles, and
+    the weights of a rollout must be gone when the update begins.
+    """
+    found = []
+
+    def look(params: nnx.State) -> None:
+        model: Qwen3VL = nnx.merge(graph, params)
+        found.append((model.kernels.mesh, model.config.text, model.unembedding.dtype))
+
+    jax.eval_shape(look, params)
+    return found[0]
 
 
 def _check(prompts: Prompts, plan: _Plan, prompt_tokens: int) -> None:
@@ -187,10 +204,17 @@ class _Plan:
     dtype: Any
 
     @classmethod
-    def of(cls, schedule: Schedule, count: int, sampling: Sampling, model: Qwen3VL) -> _Plan:
+    def of(
+        cls,
+        schedule: Schedule,
+        count: int,
+        sampling: Sampling,
+        mesh: Mesh | None,
+        text: TextConfig,
+        dtype: Any,
+    ) -> _Plan:
         if count < 1:
             raise ValueError("there is no prompt to complete")
-        mesh = model.kernels.mesh
         shards = batch_shards(mesh) if mesh is not None else 1
         up = lambda n: -(-n // shards) * shards
         slots = up(schedule.slots or count)
@@ -205,8 +229,8 @@ class _Plan:
             tuple(sorted(rings)),
             shards,
             mesh,
-            model.config.text,
-            model.unembedding.dtype,
+            text,
+            dtype,
         )
 
     def wanted(self, waiting: int) -> int:

@@ -105,6 +105,37 @@ def test_evaluations_leave_them_out():
     ]  # fmt: skip
 
 
+def test_a_disk_that_fails_now_and_then_costs_no_row(monkeypatch):
+    """One process alone would otherwise train on other rows than the others."""
+    calls = []
+
+    class Flaky(Row):
+        def load_image(self):
+            calls.append(self.id)
+            if calls.count(self.id) < 3:
+                raise OSError(5, "Input/output error")
+            return super().load_image()
+
+    class Disk(Rows):
+        def __getitem__(self, index):
+            row = super().__getitem__(index)
+            return Flaky(row.id, "which?", "A", "mca", ("a", "b"), image_source=row.image_source)
+
+    monkeypatch.setattr("p2r_jax.data.loader.time.sleep", lambda seconds: None)
+    bad = Unreadable(4)
+    assert ids(evaluation_batches(Disk(4), 4, 4, unreadable=bad), 1) == [[0, 1, 2, 3]]
+    assert bad.problems == {}
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_bad_image(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("p2r_jax.data.rows.Image.open", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        Row("1", "which?", "A", "mca", ("a", "b"), image_source=tmp_path / "a.png").load_image()
+
+
 def test_a_source_without_any_image_is_an_error():
     class Nothing(Broken):
         def __getitem__(self, index):

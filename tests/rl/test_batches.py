@@ -116,6 +116,20 @@ class TestRewards:
         assert metrics["reward/mean"] == pytest.approx(4 / 5)
         assert metrics["reward/answer"] == pytest.approx(4 / 5)
 
+    def test_what_dynamic_sampling_left_out_counts_too(self, built):
+        """Of four groups two teach; the others, ungraded or of one mind, were replaced."""
+        chosen = make_experience([[1, 0, 0], [1, 1, 0]])
+        left_out = make_experience([[None, None, 1], [1, 1, 1]])
+        sampled = [*chosen.rewards, *left_out.rewards]
+        loss = built.config.loss
+        _, metrics = training_batch(chosen, loss, built.mesh, (), 0.2, sampled)
+        assert metrics["reward/dropped_fraction"] == pytest.approx(2 / 12)
+        assert metrics["reward/mean"] == pytest.approx(7 / 10)
+        assert metrics["reward/zero_variance_groups"] == 0.5
+        assert metrics["reward/teaching_groups"] == 1
+        with pytest.raises(RunStopped, match="17% of the samples could not be graded"):
+            training_batch(chosen, loss, built.mesh, (), 0.1, sampled)
+
     def test_too_many_of_them_stop_the_run(self, built):
         experience = make_experience([[1, None, 0], [1, 1, None]])
         batch_of(built, experience, dropped=0.34)
@@ -151,7 +165,9 @@ class TestRewards:
             def samples(self, step, samples, rows):
                 shown.extend((s["advantage"], s["reward"], s["truncated"]) for s in samples)
 
-        built._log_samples(built.phases[1], [Collected(PHASE, experience, images)], 1, Log())
+        built._log_samples(
+            built.phases[1], [Collected(PHASE, experience, images, experience.rewards)], 1, Log()
+        )
         advantages, values, truncated = zip(*shown, strict=True)
         np.testing.assert_allclose(advantages, np.asarray(batch.advantages)[:2].ravel(), atol=1e-6)
         assert values == (1, 0, None, 1, 1, 1)

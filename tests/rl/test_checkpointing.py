@@ -242,6 +242,35 @@ class TestTornCheckpoints:
         ]
         assert not (folder / "4").exists()
 
+    def test_a_disk_that_fails_once_costs_nothing(self, tmp_path, monkeypatch):
+        folder, said, calls = save(tmp_path, 1, 2), [], []
+        monkeypatch.setattr(checkpointing.time, "sleep", lambda seconds: None)
+        read = Checkpoints._read
+
+        def fails_once(self, step, *like):
+            calls.append(step)
+            if len(calls) == 1:
+                raise OSError(errno.EIO, "Input/output error")
+            return read(self, step, *like)
+
+        monkeypatch.setattr(Checkpoints, "_read", fails_once)
+        assert_is(restore(tmp_path, said), 2)
+        assert calls == [2, 2]
+        assert any("failed, again" in text for text in said)
+        assert not (folder.parent / "torn_checkpoints").exists()
+
+    def test_one_of_other_data_is_refused_by_name(self, tmp_path):
+        rows = {"rows of data.train": 24, "ids of some rows": 7}
+        checkpoints = Checkpoints(tmp_path, CheckpointConfig(), SETTINGS, print, rows)
+        checkpoints.save(Progress(0, 1, 1, 1), *make_state(1))
+        checkpoints.close()
+        changed = Checkpoints(
+            tmp_path, CheckpointConfig(), SETTINGS, print, rows | {"rows of data.train": 12}
+        )
+        with pytest.raises(ValueError, match=r"other rows of data\.train"):
+            changed.restore(*LIKE)
+        assert (tmp_path / "checkpoints" / "1").is_dir()
+
     def test_one_that_was_not_finished_is_no_checkpoint(self, tmp_path):
         """Killed while it was being written: what orbax then leaves has a name of its own."""
         folder = save(tmp_path, 2, 4)
