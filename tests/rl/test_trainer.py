@@ -80,7 +80,7 @@ class TestWhatARunLeavesBehind:
             "ratio approx_kl clip_low_fraction clip_high_fraction dual_clip_fraction "
             "sampler_gap/mean sampler_gap/max grad_norm lr skipped_steps tokens/prompts "
             "tokens/completions tokens/seen rollout/steps rollout/occupancy verifier/asked "
-            "verifier/failed data/unreadable compile/count compile/seconds"
+            "verifier/failed compile/count compile/seconds reward/teaching_groups"
         )
         stages = "data upload weights encode prefill decode partner reward reference update samples"
         names = f"{names} time/step {' '.join(f'time/{stage}' for stage in stages.split())}"

@@ -297,7 +297,7 @@ class TestDynamicSampling(Same):
         assert all(1 <= row["data/batches"] <= 4 for row in perceiver)
         assert max(row["data/batches"] for row in perceiver) > 1
         for row in perceiver:
-            assert row["reward/zero_variance_groups"] == 0 or row["data/batches"] == 4
+            assert row["reward/teaching_groups"] == 1 or row["data/batches"] == 4
         assert [row["data/batches"] for row in reasoner] == [1]
 
     def test_no_question_is_asked_twice_and_none_is_left_out(self, runs, tiny_checkpoint):
