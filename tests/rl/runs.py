@@ -21,13 +21,18 @@ from tests.rl.tiny_run import fingerprint, metric_rows, patches
 @contextmanager
 def small_world(cache: Path) -> Iterator[None]:
     """What makes a run small; programs are compiled once for all runs that share `cache`, those of
-    other processes included."""
+    other processes included.
+
+    In memory they do not outlive it: a process that tests everything would need gigabytes, and what
+    a run compiles would depend on the tests before it.
+    """
     options = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(cache),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
+    jax.clear_caches()
     before = {name: jax.config.values[name] for name in options}
     with pytest.MonkeyPatch.context() as patch:
         for where, name, value in patches():
@@ -40,6 +45,7 @@ def small_world(cache: Path) -> Iterator[None]:
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
+            jax.clear_caches()
 
 
 class Run:
