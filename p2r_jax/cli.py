@@ -9,7 +9,6 @@ import traceback
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from p2r_jax.config import DistributedConfig, EvalConfig, MeshConfig, TrainConfig
@@ -294,12 +293,6 @@ def _dataclass_of(parser: ArgumentParser, args: Namespace, cls: type) -> Any:
     names = {field.name for field in dataclasses.fields(cls)}
     init = parser.instantiate_classes(args)
     return cls(**{name: init[name] for name in names})
-
-
-def dump_config(config: Any, file: Path) -> None:
-    """Write a config dataclass as YAML that `--config` reads back."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 from p2r_jax import cli
 from p2r_jax.config import TrainConfig
+from p2r_jax.rl import launch
 from p2r_jax.rl.schedule import plan_phases
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -55,8 +56,8 @@ def test_nested_values_of_a_file_reach_their_fields(tmp_path):
 
 def test_a_config_that_was_written_reads_back_equal(tmp_path):
     config = train_config("--config", str(CONFIGS / "tiny.yaml"))
-    cli.dump_config(config, tmp_path / "run" / "config.yaml")
-    assert train_config("--config", str(tmp_path / "run" / "config.yaml")) == config
+    launch.write_config(config, tmp_path)
+    assert train_config("--config", str(tmp_path / "config.yaml")) == config
 
 
 def files(*names: str) -> list[str]:

@@ -48,7 +48,8 @@ from p2r_jax.rl.rewards import Verifier, has_answer_tag
 from p2r_jax.rl.run_log import RunLog
 from p2r_jax.rl.schedule import Phase, Progress
 from p2r_jax.rl.stop import RunStopped
-from p2r_jax.rl.trainer import Collected, Trainer
+from p2r_jax.rl.trainer import Trainer
+from p2r_jax.rl.updates import Collected
 from p2r_jax.roles.requests import RequestBuilder
 
 FOLDER = "dry_run"

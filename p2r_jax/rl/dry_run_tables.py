@@ -58,7 +58,7 @@ def schedule_table(trainer: Trainer) -> Table:
 
 def _rates(trainer: Trainer, phase: Phase) -> str:
     """The learning rate of the phase's first update, its peak, and its last."""
-    settings, length = trainer.config.optimizer, trainer._schedule_length(phase)
+    settings, length = trainer.config.optimizer, trainer.updates.schedule_length(phase)
     first = 0 if settings.reset else sum(p.updates for p in trainer.phases[: phase.number])
     last = first + phase.updates - 1
     peak = min(max(settings.warmup_steps, first), last)

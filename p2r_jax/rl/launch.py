@@ -170,9 +170,7 @@ def _train(
     trainer.prepare()
     # Only now are the settings known to work: until then they may be corrected freely.
     if is_main():
-        _write(
-            run / "config.yaml", yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
-        )
+        write_config(config, run)
         # Epochs in steps, for whoever wants to know how far the run is.
         _write(run / "schedule.json", json.dumps({"steps": [p.steps for p in trainer.phases]}))
     any_process(False)  # The others wait for it before they may fail for a reason of their own.
@@ -232,6 +230,13 @@ def check_same_config(config: TrainConfig, run: Path) -> None:
             f"{run} was started with other settings ({', '.join(changed)}): choose another "
             "`run` folder, or delete this one to start again"
         )
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """As config.yaml, which `--config` reads back."""
+    _write(
+        folder / "config.yaml", yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    )
 
 
 def _write(file: Path, text: str) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import json
 import shutil
 import time
@@ -37,9 +36,9 @@ from p2r_jax.config import PhaseConfig, TrainConfig
 from p2r_jax.data.loader import LoadedRow, Unreadable, training_batches
 from p2r_jax.parallel.compilations import Compilations
 from p2r_jax.parallel.mesh import for_decoding
-from p2r_jax.parallel.multihost import gather, is_main, to_host
+from p2r_jax.parallel.multihost import gather, is_main
 from p2r_jax.qwen3_vl.hf import save_pretrained
-from p2r_jax.rl.batches import advantages_of, anchor_batch, training_batch
+from p2r_jax.rl.batches import advantages_of
 from p2r_jax.rl.checkpointing import Checkpoints, abstract
 from p2r_jax.rl.evaluations import Evaluations
 from p2r_jax.rl.experience import (
@@ -51,34 +50,22 @@ from p2r_jax.rl.experience import (
     sample_records,
     teaches,
 )
-from p2r_jax.rl.optimizer import learning_rate, make_optimizer, updates_done
-from p2r_jax.rl.rewards import Reward
 from p2r_jax.rl.run_log import RunLog
 from p2r_jax.rl.schedule import Phase, Progress, plan_phases
 from p2r_jax.rl.step import (
-    AnchorBatch,
-    Layout,
-    Objective,
-    TrainingBatch,
     TrainState,
-    anchor_drift,
-    batch_log_probs,
     cast,
     layout_of,
-    minibatch,
     new_state,
-    train_step,
     with_state,
 )
 from p2r_jax.rl.stop import Interrupted, Preempted, RunStopped, StopRequests
+from p2r_jax.rl.updates import Collected, Updates
 from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import Pipeline
 from p2r_jax.roles.requests import ImageStore
 from p2r_jax.roles.verifiers import ModelVerifier
 from p2r_jax.rollout.generate import Schedule
-
-OF_THE_UPDATE = ("grad_norm", "loss/anchor")
-"""Metrics that belong to no role."""
 
 
 @dataclasses.dataclass
@@ -91,17 +78,6 @@ class Live:
     """Weights of the phase's start: frozen partner and KL reference."""
     pending: dict[str, float] | None = None
     """Metrics of the last step, until they are logged."""
-
-
-@dataclasses.dataclass
-class Collected:
-    """One role's part of a step."""
-
-    role: PhaseConfig
-    experience: Experience
-    images: ImageStore
-    sampled: list[list[Reward]]
-    """Rewards of all groups, of which dynamic sampling chose."""
 
 
 class Trainer:
@@ -129,6 +105,7 @@ class Trainer:
         self.run_folder = Path(config.run)
         self.mesh = pipeline.builder.mesh
         self.dtype = jnp.dtype(config.model.compute_dtype)
+        self.updates = Updates(config, self.phases, pipeline)
         self.stops = stops or StopRequests()
         self.evaluations = Evaluations(
             config, self.phases, pipeline, validation_source, grader, self.stops.check
@@ -139,7 +116,6 @@ class Trainer:
         self.live: Live
         self.checkpoints: Checkpoints
         self._reference: nnx.State | None = None
-        self._state_layout: Layout = ()
         self._between: dict[str, float] = {}
         layout = for_decoding(like, self.mesh)
         rollout = jnp.dtype(config.model.rollout_dtype or config.model.compute_dtype)
@@ -156,11 +132,11 @@ class Trainer:
             self.run_folder, self.config.checkpoint, settings, self.console.print, self._data()
         )
         like, snapshot = self._state_like()
-        self._state_layout = layout_of(like)
+        self.updates.layout = layout_of(like)
         found = self.checkpoints.restore(like, snapshot)
         if found is None:
             params = self.load()
-            state = new_state(params, self._optimizer(self.phases[0]))
+            state = new_state(params, self.updates.optimizer(self.phases[0]))
             self.live = Live(Progress(), state, self._to_snapshot(params))
         else:
             self.live = Live(*found)
@@ -247,11 +223,11 @@ class Trainer:
         """The policy becomes snapshot; the optimizer starts anew if it is set to."""
         live = self.live
         params, kept = live.state.params, live.state.opt_state
-        live.state, live.snapshot = None, None  # type: ignore[assignment]
+        # The old snapshot and moments go before the new ones come: there may be no room for both.
+        live.snapshot = params
         if self.config.optimizer.reset:
-            # Not before the old moments are gone: there may be no room for both.
-            del kept
-            live.state = new_state(params, self._optimizer(phase))
+            kept, live.state = None, with_state(params, ())
+            live.state = new_state(params, self.updates.optimizer(phase))
         else:
             live.state = with_state(params, kept)
         live.snapshot = self._to_snapshot(params)
@@ -265,7 +241,9 @@ class Trainer:
         begin, clock, compiled = time.perf_counter(), Clock(), Compilations()
         collected, used = self._collect(phase, batches, clock)
         self.stops.check()
-        metrics = self._update(phase, collected, clock)
+        live = self.live
+        reference = live.snapshot if self._reference is None else self._reference
+        live.state, metrics = self.updates.run(phase, live.state, reference, collected, clock)
         number = self.live.progress.step + 1
         if (number - 1) % self.config.log.samples_every == 0:
             with clock("samples"):
@@ -335,111 +313,6 @@ class Trainer:
             collected.append(Collected(role, parts[0], images, sampled))
         return collected, used
 
-    def _update(self, phase: Phase, collected: list[Collected], clock: Clock) -> dict[str, float]:
-        """Turn experience into optimizer updates; returns the step's metrics."""
-        config, own, live = self.config, phase.config, self.live
-        allowed, graph = self.pipeline.vocabulary.allowed, self.pipeline.graph
-        rings = tuple(config.buckets.response_tokens)
-        metrics: dict[str, float] = {}
-        batches: list[TrainingBatch] = []
-        objectives: list[Objective] = []
-        prefix = [f"{c.role.role}/" if len(collected) > 1 else "" for c in collected]
-        for one, name in zip(collected, prefix, strict=True):
-            batch, about = training_batch(
-                one.experience, config.loss, self.mesh, rings, config.reward.max_dropped_fraction,
-                one.sampled,
-            )  # fmt: skip
-            metrics |= {name + key: value for key, value in about.items()}
-            parts = own.prompts // own.microbatch if own.microbatch else 1
-            objective = Objective(config.loss, one.role.temperature, one.role.max_new_tokens, parts)
-            score = functools.partial(
-                batch_log_probs, graph, allowed=allowed, objective=objective, dtype=self.dtype
-            )
-            if config.loss.kl_weight:
-                with clock("reference"):
-                    frozen = live.snapshot if self._reference is None else self._reference
-                    reference = jax.block_until_ready(score(frozen, batch=batch))
-                batch = dataclasses.replace(batch, reference_log_probs=reference)
-            if own.updates_per_step > 1:
-                with clock("update"):
-                    old = score(live.state.params, batch=batch)
-                    batch = dataclasses.replace(batch, old_log_probs=old)
-                objective = dataclasses.replace(
-                    objective, microbatches=max(1, parts // own.minibatches)
-                )
-            batches.append(batch)
-            objectives.append(objective)
-        if len(collected) > 1:
-            rewards = [metrics[f"{name}reward/mean"] for name in prefix]
-            metrics["reward/mean"] = float(np.mean(rewards))
-        with clock("update"):
-            anchor = None
-            if len(collected) == 1:
-                first = collected[0]
-                builder = self.pipeline.builder
-                anchor = anchor_batch(own, first.experience, first.images, builder, rings)
-            done = updates_done(live.state.opt_state)
-            scalars = self._optimize(phase, tuple(batches), tuple(objectives), anchor)
-        metrics |= _merged(scalars, prefix)
-        metrics["lr"] = learning_rate(config.optimizer, self._schedule_length(phase), done)
-        metrics["skipped_steps"] = skipped = int(to_host(live.state.skipped))
-        self._stop_if_broken(skipped)
-        return metrics
-
-    def _optimize(
-        self,
-        phase: Phase,
-        batches: tuple[TrainingBatch, ...],
-        objectives: tuple[Objective, ...],
-        anchor: AnchorBatch | None,
-    ) -> list[tuple[dict[str, Any], ...]]:
-        """All updates of a step; metrics of each, by role."""
-        own, results = phase.config, []
-        drift = {}
-        if anchor is not None and not own.role_anchor:
-            # A program of its own: the update is then not compiled anew for sizes of the anchor.
-            drift["loss/anchor"] = anchor_drift(
-                self.live.state.params,
-                self.pipeline.graph,
-                anchor,
-                self.pipeline.vocabulary.allowed,
-                dtype=self.dtype,
-            )
-        for number in range(own.updates_per_step):
-            part = batches
-            if own.minibatches > 1:
-                index = np.int32(number % own.minibatches)
-                part = tuple(minibatch(b, index, parts=own.minibatches) for b in batches)
-            self.live.state, scalars = train_step(
-                self.live.state,
-                part,
-                anchor if own.role_anchor else None,
-                self.pipeline.vocabulary.allowed,
-                graph=self.pipeline.graph,
-                optimizer=self._optimizer(phase),
-                objectives=objectives,
-                freeze_vision=self.config.optimizer.freeze_vision,
-                role_anchor=own.role_anchor,
-                remat=self.config.model.remat,
-                dtype=self.dtype,
-                layout=self._state_layout,
-            )
-            scalars[0].update(drift)
-            results.append(to_host(scalars))
-        return results
-
-    def _schedule_length(self, phase: Phase) -> int:
-        """Updates that the learning-rate schedule goes over."""
-        reset = self.config.optimizer.reset
-        return phase.updates if reset else sum(p.updates for p in self.phases)
-
-    def _optimizer(self, phase: Phase) -> Any:
-        # One object per schedule: it is a static argument of the compiled step.
-        updates = self._schedule_length(phase)
-        if getattr(self, "_made", (None,))[0] != updates:
-            self._made = (updates, make_optimizer(self.config.optimizer, updates))
-        return self._made[1]
-
     def _must_agree(self, rows: list[LoadedRow]) -> None:
         """Raise RunStopped unless all processes have the same rows before them."""
         seen = "\n".join(f"{r.row.id} {r.image.shape}" for r in rows)
@@ -457,21 +330,13 @@ class Trainer:
             self.grader.verifier.weights = weights
         return weights
 
-    def _stop_if_broken(self, skipped: int) -> None:
-        if skipped > self.config.optimizer.max_skipped:
-            raise RunStopped(
-                f"{skipped} updates of this phase had a non-finite gradient (limit "
-                "optimizer.max_skipped): start a new `run` with a lower optimizer.learning_rate or "
-                "with model.compute_dtype float32"
-            )
-
     def _state_like(self) -> tuple[TrainState, Any]:
         """Shapes and shardings of state and snapshot."""
         zeros = jax.jit(
             lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.like),
             out_shardings=jax.tree.map(lambda x: x.sharding, self.like),
         )()
-        like = abstract(new_state(zeros, self._optimizer(self.phases[0])))
+        like = abstract(new_state(zeros, self.updates.optimizer(self.phases[0])))
         snapshot = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=x.sharding), self.like
         )
@@ -574,16 +439,3 @@ def _tokens(metrics: dict[str, float]) -> int:
 def _teaching(parts: list[Experience]) -> int:
     """Groups whose rewards differ."""
     return sum(teaches(group) for part in parts for group in part.rewards)
-
-
-def _merged(results: list[tuple[dict[str, Any], ...]], prefix: list[str]) -> dict[str, float]:
-    """Metrics of several updates as one: means, but for what is a maximum."""
-    merged: dict[str, float] = {}
-    for role, start in enumerate(prefix):
-        for name in results[0][role]:
-            values = [float(result[role][name]) for result in results]
-            value = max(values) if name.endswith("/max") else float(np.mean(values))
-            merged[name if name in OF_THE_UPDATE else start + name] = value
-    if len(prefix) > 1:
-        merged["loss/total"] = sum(merged[f"{start}loss/total"] for start in prefix)
-    return merged

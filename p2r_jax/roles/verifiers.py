@@ -10,6 +10,7 @@ ValueError naming the setting, from the constructor or from `check`.
 
 from __future__ import annotations
 
+import abc
 import inspect
 import logging
 import os
@@ -67,7 +68,7 @@ _THOUGHTS = re.compile(r".*</think>", re.DOTALL)
 _WORD = re.compile(r"[^\W_]+")
 
 
-class _AskingVerifier:
+class _AskingVerifier(abc.ABC):
     """Asks about one query at a time, from up to `concurrency` threads, and asks again on failure.
 
     With concurrency 1 it asks in the calling thread, for code that bears no other.
@@ -110,9 +111,9 @@ class _AskingVerifier:
         )  # fmt: skip
         return None
 
+    @abc.abstractmethod
     def _ask(self, query: Query) -> bool:
         """The judgement; any exception is a failure."""
-        raise NotImplementedError
 
     def _pause(self, error: Exception) -> float | None:
         """Seconds to wait at least after this failure; None if it would only be the same again."""

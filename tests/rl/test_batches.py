@@ -16,7 +16,8 @@ from p2r_jax.rl.batches import anchor_batch, training_batch
 from p2r_jax.rl.experience import Experience
 from p2r_jax.rl.rewards import Reward
 from p2r_jax.rl.stop import RunStopped
-from p2r_jax.rl.trainer import Collected, Trainer
+from p2r_jax.rl.trainer import Trainer
+from p2r_jax.rl.updates import Collected
 from p2r_jax.roles.boxes import ParsedBoxes
 from p2r_jax.roles.pipeline import Completion
 from p2r_jax.roles.requests import ImageStore
@@ -184,9 +185,9 @@ class TestRewards:
 
     def test_a_broken_run_stops(self, built):
         limit = built.config.optimizer.max_skipped
-        built._stop_if_broken(limit)
+        built.updates.stop_if_broken(limit)
         with pytest.raises(RunStopped, match="non-finite gradient"):
-            built._stop_if_broken(limit + 1)
+            built.updates.stop_if_broken(limit + 1)
 
 
 class TestRoleAnchor:

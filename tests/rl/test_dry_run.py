@@ -42,7 +42,7 @@ def _small_world(small_world):
 def command(config: cfg.TrainConfig, folder: Path, option: str = "--dry-run") -> tuple[int, str]:
     """Exit code, and all that was printed."""
     file, printed = folder / "config.yaml", io.StringIO()
-    cli.dump_config(config, file)
+    launch.write_config(config, folder)
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         code = cli.main(["train", "--config", str(file), option])
     return code, printed.getvalue()
@@ -271,7 +271,7 @@ def test_a_mesh_that_does_not_fit(refused, monkeypatch):
 def test_a_folder_of_a_run_with_other_settings(refused, tmp_path, tiny_checkpoint):
     (tmp_path / "run").mkdir()
     other = settings(tmp_path / "run", tiny_checkpoint, tmp_path / "data/rows.jsonl")
-    cli.dump_config(other, tmp_path / "run/config.yaml")
+    launch.write_config(other, tmp_path / "run")
     assert "was started with other settings (seed)" in refused(seed=1)
 
 

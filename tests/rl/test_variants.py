@@ -10,8 +10,8 @@ import pytest
 
 from p2r_jax.config import LossConfig, PhaseConfig, TrainConfig
 from p2r_jax.data.loader import training_batches
-from p2r_jax.rl import trainer
-from p2r_jax.rl.trainer import Trainer
+from p2r_jax.rl import updates
+from p2r_jax.rl.updates import Updates
 from tests.rl.runs import Run, assert_same_outcome, straight_and_killed
 from tests.rl.tiny_run import GROUP, PROMPTS, TOKENS, make_config
 
@@ -72,7 +72,7 @@ class TestSeveralUpdatesAStep(Same):
         loss = LossConfig(kl_weight=0.0, sampler_correction=2.0)
         config = lean(folder, tiny_checkpoint, phase, loss=loss)
         config.optimizer.final_fraction = 0.1
-        original = trainer.train_step
+        original = updates.train_step
 
         def watching(state, batches, *args, objectives, **kwargs):
             after, metrics = original(state, batches, *args, objectives=objectives, **kwargs)
@@ -81,7 +81,7 @@ class TestSeveralUpdatesAStep(Same):
             return after, metrics
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer, "train_step", watching)
+            patch.setattr(updates, "train_step", watching)
             return straight_and_killed(folder, config, step=2)
 
     def test_each_half_is_taken_twice(self, runs, seen):
@@ -142,14 +142,14 @@ class TestJoint(Same):
         phase = dataclasses.replace(
             PHASE, role="joint", reasoner_max_new_tokens=self.SHORT, partner="step"
         )
-        original = trainer.train_step
+        original = updates.train_step
 
         def watching(state, batches, anchor, *args, objectives, **kwargs):
             seen.append(([np.asarray(b.mask) for b in batches], anchor, objectives))
             return original(state, batches, anchor, *args, objectives=objectives, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer, "train_step", watching)
+            patch.setattr(updates, "train_step", watching)
             return straight_and_killed(folder, lean(folder, tiny_checkpoint, phase), step=2)
 
     def test_both_roles_learn_from_the_same_questions(self, runs):
@@ -265,13 +265,13 @@ class TestOneOptimizer:
         from p2r_jax.rl.optimizer import updates_done
 
         counts = []
-        original = Trainer._update
+        original = Updates.run
 
-        def watching(self, *args):
-            counts.append(updates_done(self.live.state.opt_state))
-            return original(self, *args)
+        def watching(self, phase, state, *args):
+            counts.append(updates_done(state.opt_state))
+            return original(self, phase, state, *args)
 
-        monkeypatch.setattr(Trainer, "_update", watching)
+        monkeypatch.setattr(Updates, "run", watching)
         one = dataclasses.replace(PHASE, steps=1)
         config = lean(tmp_path / "run", tiny_checkpoint, one, rounds=2, export=False)
         config.optimizer.reset = reset

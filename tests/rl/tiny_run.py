@@ -22,7 +22,7 @@ import numpy as np
 
 from p2r_jax import config as cfg
 from p2r_jax.parallel.mesh import make_mesh
-from p2r_jax.rl import experience, launch, trainer
+from p2r_jax.rl import experience, launch, updates
 from p2r_jax.rl.optimizer import make_optimizer
 from p2r_jax.roles.boxes import Box, ParsedBoxes
 from p2r_jax.roles.grading import Grader
@@ -99,7 +99,7 @@ def patches() -> list[tuple[Any, str, Any]]:
         (launch, "make_mesh", lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, one)),
         (experience, "parse_response", boxes_of),
         (launch, "Grader", ChecksumGrader),
-        (trainer, "make_optimizer", one_optimizer),
+        (updates, "make_optimizer", one_optimizer),
     ]
 
 
