@@ -399,6 +399,9 @@ class Trainer:
         self._between["time/export"] = time.perf_counter() - begin
 
     def _write_summary(self, log: RunLog) -> dict[str, Any]:
+        """summary.json; {} on the processes that do not write, which need not know it."""
+        if not is_main():
+            return {}
         summary: dict[str, Any] = {}
         for name, modes in self.evaluations.summaries.items():
             headline = modes.get("p2r") or next(iter(modes.values()))
@@ -411,8 +414,7 @@ class Trainer:
         outside = sum(seconds[name] for name in ("evaluation", "save", "export"))
         summary["stages"] = {k: round(v, 1) for k, v in seconds.items()}
         summary["wall_seconds"] = round(inside_steps + outside, 1)
-        if is_main():
-            (self.run_folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.run_folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         return summary
 
     @property

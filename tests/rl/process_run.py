@@ -57,7 +57,6 @@ def main(
             coordinator=f"localhost:{port}" if several else None,
             processes=int(processes) if several else None,
             process=int(process) if several else None,
-            heartbeat_seconds=100,  # a busy machine starves a heartbeat of few seconds
         ),
         phases=[
             dataclasses.replace(phase, prompts=8, microbatch=0, steps=steps)
