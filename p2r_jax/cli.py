@@ -1,4 +1,4 @@
-"""The `p2r` command: train, eval, ask, report, and what made the embedded checkpoint."""
+"""The `p2r` command: train, eval, ask, convert, report, and what made the embedded checkpoint."""
 
 from __future__ import annotations
 
@@ -211,6 +211,51 @@ def _sft(args: Namespace) -> None:
     )
 
 
+def _convert_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument(
+        "direction",
+        choices=["from-hf", "to-hf"],
+        help="from-hf: safetensors to JAX arrays, which the hosts of a pod read in parts; "
+        "to-hf: trained weights to a folder that transformers loads",
+    )
+    parser.add_argument(
+        "source",
+        type=str,
+        help="from-hf: a Hugging Face folder; to-hf: a run folder, one of its checkpoints, or what "
+        "from-hf wrote",
+    )
+    parser.add_argument("out", type=str, help="folder to write")
+    parser.add_argument("--dtype", type=Literal["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--step", type=int | None, default=None, help="to-hf: checkpoint of a run; default, newest"
+    )
+    parser.add_argument(
+        "--files_from",
+        type=str | None,
+        default=None,
+        help="to-hf: folder with config.json and tokenizer; default, what the run started from",
+    )
+    return parser
+
+
+def _convert(args: Namespace) -> None:
+    import jax
+
+    # Whole tensors need the memory of the host, not that of one chip.
+    jax.config.update("jax_platforms", "cpu")
+    from p2r_jax.rl.convert import from_hf, to_hf
+
+    source, out = Path(args.source), Path(args.out)
+    if args.direction == "to-hf":
+        files_from = Path(args.files_from) if args.files_from else None
+        to_hf(source, out, args.dtype, args.step, files_from)
+    elif args.step is not None or args.files_from:
+        raise ValueError("--step and --files_from are for to-hf")
+    else:
+        from_hf(source, out, args.dtype)
+
+
 def _prompts_parser() -> ArgumentParser:
     parser = ArgumentParser()
     parser.add_argument("action", choices=["import"], help="make a prompt set from FILE")
@@ -267,6 +312,7 @@ COMMANDS: dict[str, tuple[Any, Any, str]] = {
     "train": (_train_parser, _train, "PRA-GRPO training"),
     "eval": (_eval_parser, _eval, "evaluate weights on a benchmark"),
     "ask": (_ask_parser, _ask, "ask one question about one image"),
+    "convert": (_convert_parser, _convert, "weights to and from Hugging Face folders"),
     "report": (_report_parser, _report, "one HTML page of a run"),
     "sft": (_sft_parser, _sft, "make the embedded tiny checkpoint"),
     "prompts": (_prompts_parser, _prompts, "import a prompt set"),

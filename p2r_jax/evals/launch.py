@@ -75,7 +75,7 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
         else Buckets.of(config.buckets)
     )
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model = load_pretrained(folder, mesh, config.dtype, config.kernels)
+    model = load_pretrained(folder, mesh, config.dtype, config.kernels, progress=True)
     graph, params = nnx.split(model, nnx.Param)
     params = jax.device_put(params, for_decoding(params, mesh))
     named = config.prompts or trained.get("prompts") or default_prompt_set(processor.config)

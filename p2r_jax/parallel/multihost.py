@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,16 +81,19 @@ def to_host(tree: Any) -> Any:
     """Whole arrays as NumPy on every process, whatever their sharding."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, jax.device_get(tree))
-    return jax.tree.map(_whole, tree)
+    return jax.tree.map(
+        lambda x: to_one(x, True) if isinstance(x, jax.Array) else np.asarray(x), tree
+    )
 
 
-def _whole(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        if not x.is_fully_replicated:
-            assert isinstance(x.sharding, NamedSharding)
-            x = _replicate(x.sharding.mesh)(x)
-        return np.asarray(x.addressable_data(0))
-    return np.asarray(x)
+def to_one(x: jax.Array, here: bool) -> np.ndarray | None:
+    """A whole array as NumPy on the processes that say `here`, None on others. All must call it."""
+    if not x.is_fully_addressable and not x.is_fully_replicated:
+        assert isinstance(x.sharding, NamedSharding)
+        x = _replicate(x.sharding.mesh)(x)
+    if not here:
+        return None
+    return np.asarray(x if x.is_fully_addressable else x.addressable_data(0))
 
 
 @functools.cache
@@ -113,3 +117,15 @@ def gather(values: np.ndarray) -> np.ndarray:
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on at least one process."""
     return bool(gather(np.asarray([flag])).any())
+
+
+def on_main(action: Callable[[], Any]) -> None:
+    """Let the main process do something to files; raises OSError on all if it fails."""
+    error: OSError | None = None
+    if is_main():
+        try:
+            action()
+        except OSError as problem:
+            error = problem
+    if any_process(error is not None):
+        raise error or OSError("process 0 could not write files: see its output")

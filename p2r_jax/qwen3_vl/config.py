@@ -88,7 +88,11 @@ class Qwen3VLConfig:
                 f"{file} does not exist: {path} is not a Hugging Face checkpoint folder "
                 "(expected config.json beside the safetensors files)"
             )
-        return cls.from_hf(json.loads(file.read_text()), source=str(file))
+        try:
+            raw = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON ({error}): get it again") from error
+        return cls.from_hf(raw, source=str(file))
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> Qwen3VLConfig:
@@ -96,6 +100,12 @@ class Qwen3VLConfig:
             raise ValueError(
                 f"{source}: model_type is {raw.get('model_type')!r}; only the dense "
                 "'qwen3_vl' is supported"
+            )
+        if "auto_map" in raw:
+            raise ValueError(
+                f"{source}: auto_map names code that comes with the checkpoint. Such code is never "
+                "run, and without it the weights may mean something else: take a checkpoint of "
+                "the plain architecture, or delete auto_map if this is one"
             )
         for name in ("vision_config", "text_config"):
             if not isinstance(raw.get(name), dict):

@@ -1,254 +1,45 @@
-"""Hugging Face checkpoints, both ways, from one table of names.
+"""Weights in and out: Hugging Face folders both ways, and the same weights as JAX arrays on disk.
 
-A parameter of the port is one Hugging Face tensor, or one per layer stacked on a leading axis.
-`linear` weights are (out, in) there and (*in, *out) here; everything else is a reshape. Square
-matrices make a forgotten transpose pass every shape check, so nothing here guesses.
+A process reads the parts of tensors that its devices hold and no others, and processes write the
+files of an export between them. No tensor is whole on more hosts, or more often, than it must be.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import functools
 import json
+import math
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from safetensors import safe_open
-from safetensors.flax import save_file
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from p2r_jax.ops.kernels import Implementation, Kernels
 from p2r_jax.parallel.mesh import parameter_shardings
-from p2r_jax.parallel.multihost import is_main, put, to_host
+from p2r_jax.parallel.multihost import any_process, is_main, on_main, to_one
+from p2r_jax.qwen3_vl.arrays import array_types, restore_arrays, save_arrays
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.model import Qwen3VL
+from p2r_jax.qwen3_vl.names import Parameter, flat_state, parameters
+from p2r_jax.qwen3_vl.progress import bytes_bar
+from p2r_jax.qwen3_vl.tensor_files import (
+    INDEX,
+    TensorFolder,
+    TensorShape,
+    TensorWriter,
+    split_in_files,
+)
 
 MAX_SHARD_BYTES = 5 * 10**9
-
-
-@dataclasses.dataclass(frozen=True)
-class Name:
-    """`hf` with {i} for the layer; `path` into the nnx state; `inputs` > 0 marks a linear weight
-    whose kernel has that many input axes."""
-
-    hf: str
-    path: str
-    inputs: int = 0
-
-
-def _linear(hf: str, path: str, inputs: int = 1, bias: bool = True) -> list[Name]:
-    names = [Name(f"{hf}.weight", f"{path}.kernel", inputs)]
-    return [*names, Name(f"{hf}.bias", f"{path}.bias")] if bias else names
-
-
-def _norm(hf: str, path: str, bias: bool = True) -> list[Name]:
-    names = [Name(f"{hf}.weight", f"{path}.scale")]
-    return [*names, Name(f"{hf}.bias", f"{path}.bias")] if bias else names
-
-
-def _merger(hf: str, path: str) -> list[Name]:
-    return [
-        *_norm(f"{hf}.norm", f"{path}.norm"),
-        *_linear(f"{hf}.linear_fc1", f"{path}.fc1"),
-        *_linear(f"{hf}.linear_fc2", f"{path}.fc2"),
-    ]
-
-
-_BLOCK, _LAYER = "model.visual.blocks.{i}", "model.language_model.layers.{i}"
-_TEXT = "language_model.layers"
-TABLE: tuple[Name, ...] = (
-    *_linear("model.visual.patch_embed.proj", "visual.patch_embed"),
-    Name("model.visual.pos_embed.weight", "visual.pos_embed"),
-    *_norm(f"{_BLOCK}.norm1", "visual.blocks.norm1"),
-    *_norm(f"{_BLOCK}.norm2", "visual.blocks.norm2"),
-    *_linear(f"{_BLOCK}.attn.qkv", "visual.blocks.qkv"),
-    *_linear(f"{_BLOCK}.attn.proj", "visual.blocks.proj", inputs=2),
-    *_linear(f"{_BLOCK}.mlp.linear_fc1", "visual.blocks.fc1"),
-    *_linear(f"{_BLOCK}.mlp.linear_fc2", "visual.blocks.fc2"),
-    *_merger("model.visual.merger", "visual.merger"),
-    *_merger("model.visual.deepstack_merger_list.{i}", "visual.deepstack_mergers"),
-    Name("model.language_model.embed_tokens.weight", "language_model.embed_tokens"),
-    *_linear(f"{_LAYER}.self_attn.q_proj", f"{_TEXT}.q_proj", bias=False),
-    *_linear(f"{_LAYER}.self_attn.k_proj", f"{_TEXT}.k_proj", bias=False),
-    *_linear(f"{_LAYER}.self_attn.v_proj", f"{_TEXT}.v_proj", bias=False),
-    *_linear(f"{_LAYER}.self_attn.o_proj", f"{_TEXT}.o_proj", inputs=2, bias=False),
-    *_norm(f"{_LAYER}.self_attn.q_norm", f"{_TEXT}.q_norm", bias=False),
-    *_norm(f"{_LAYER}.self_attn.k_norm", f"{_TEXT}.k_norm", bias=False),
-    *_linear(f"{_LAYER}.mlp.gate_proj", f"{_TEXT}.gate_proj", bias=False),
-    *_linear(f"{_LAYER}.mlp.up_proj", f"{_TEXT}.up_proj", bias=False),
-    *_linear(f"{_LAYER}.mlp.down_proj", f"{_TEXT}.down_proj", bias=False),
-    *_norm(f"{_LAYER}.input_layernorm", f"{_TEXT}.input_norm", bias=False),
-    *_norm(f"{_LAYER}.post_attention_layernorm", f"{_TEXT}.post_attention_norm", bias=False),
-    *_norm("model.language_model.norm", "language_model.norm", bias=False),
-    Name("lm_head.weight", "lm_head"),
-)
-
-# Prefixes that other tools' exports use, tried in order.
-ALIASES: tuple[tuple[str, str], ...] = (
-    (r"^visual\.", "model.visual."),
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
-)
-
-
-def canonical_name(name: str) -> str:
-    for pattern, replacement in ALIASES:
-        renamed = re.sub(pattern, replacement, name)
-        if renamed != name:
-            return renamed
-    return name
-
-
-def _shapes(config: Qwen3VLConfig, entry: Name, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the Hugging Face tensor for one (unstacked) parameter of the given shape."""
-    if entry.path == "visual.patch_embed.kernel":
-        v = config.vision
-        return (v.hidden_size, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    if entry.inputs:
-        return (
-            int(np.prod(shape[entry.inputs :])),
-            int(np.prod(shape[: entry.inputs])),
-        )
-    return (int(np.prod(shape)),) if entry.path.endswith("bias") else shape
-
-
-def _to_port(entry: Name, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if entry.inputs:
-        tensor = tensor.reshape(tensor.shape[0], -1).T
-    return tensor.reshape(shape)
-
-
-def _to_hf(entry: Name, value: jax.Array, hf_shape: tuple[int, ...]) -> jax.Array:
-    if entry.inputs:
-        value = value.reshape(int(np.prod(value.shape[: entry.inputs])), -1).T
-    return value.reshape(hf_shape)
-
-
-def _entries(
-    config: Qwen3VLConfig, state: dict[str, Any]
-) -> Iterator[tuple[Name, list[str], tuple[int, ...], tuple[int, ...]]]:
-    """(entry, Hugging Face names, shape of one, Hugging Face shape of one) per parameter."""
-    for entry in TABLE:
-        if entry.path not in state:
-            continue
-        shape = tuple(state[entry.path].shape)
-        stacked = "{i}" in entry.hf
-        names = [entry.hf.format(i=i) for i in range(shape[0])] if stacked else [entry.hf]
-        one = shape[1:] if stacked else shape
-        yield entry, names, one, _shapes(config, entry, one)
-
-
-def _flat(state: nnx.State) -> dict[str, Any]:
-    """State as {"visual.blocks.qkv.kernel": variable}."""
-    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-
-
-class _Folder:
-    """Tensors of one or several safetensors files by canonical name, read lazily."""
-
-    def __init__(self, path: Path):
-        files = sorted(path.glob("*.safetensors"))
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [path / name for name in wanted]
-            gone = [str(f) for f in files if not f.is_file()]
-            if gone:
-                raise FileNotFoundError(f"{index} names files that do not exist: {gone}")
-        if not files:
-            other = [f.name for f in path.glob("*.bin")]
-            hint = f" (pickle files such as {other[0]} are refused)" if other else ""
-            raise FileNotFoundError(f"{path} holds no .safetensors files{hint}")
-        self.where: dict[str, tuple[Any, str]] = {}
-        for file in files:
-            handle = safe_open(file, framework="flax")
-            for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                canonical = canonical_name(name)
-                if canonical in self.where:
-                    raise ValueError(
-                        f"{file} holds {name}, but {canonical} was read before: the same tensor "
-                        "is there twice (files of two exports in one folder?)"
-                    )
-                self.where[canonical] = (handle, name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        handle, own = self.where[name]
-        return tuple(handle.get_slice(own).get_shape())
-
-    def read(self, name: str) -> np.ndarray:
-        handle, own = self.where[name]
-        return np.asarray(handle.get_tensor(own))
-
-
-def abstract_model(config: Qwen3VLConfig, kernels: Kernels | None = None) -> Qwen3VL:
-    """The module tree with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: Qwen3VL(config, nnx.Rngs(0), kernels))
-
-
-def load_pretrained(
-    path: str | Path,
-    mesh: Mesh | None = None,
-    dtype: Any = "bfloat16",
-    kernels: Implementation | Literal["auto"] = "auto",
-) -> Qwen3VL:
-    """Load a Hugging Face Qwen3-VL folder (one safetensors file or a sharded index).
-
-    mesh: where to place parameters (see `parallel.mesh`); None = the default device.
-    dtype: of all parameters. kernels: attention, see `ops.kernels`. Raises FileNotFoundError for a
-    missing folder or file and ValueError listing every missing, unexpected and mis-shaped tensor
-    at once.
-    """
-    path = Path(path)
-    config = Qwen3VLConfig.from_pretrained(path)
-    folder = _Folder(path)
-    graph, state = nnx.split(abstract_model(config, Kernels.choose(kernels, mesh)))
-    flat = _flat(state)
-    entries = list(_entries(config, flat))
-
-    expected = {name: shape for _, names, _, shape in entries for name in names}
-    extra = set(folder.where) - set(expected)
-    embedding = "model.language_model.embed_tokens.weight"
-    written_twice = {"lm_head.weight", embedding} <= folder.where.keys()
-    # Some tools write the tied head a second time; harmless only if it is the same matrix.
-    if (
-        config.tie_word_embeddings
-        and written_twice
-        and np.array_equal(folder.read("lm_head.weight"), folder.read(embedding))
-    ):
-        extra.discard("lm_head.weight")
-    problems = [f"missing: {n}" for n in sorted(set(expected) - set(folder.where))]
-    problems += [f"unexpected: {n}" for n in sorted(extra)]
-    problems += [
-        f"shape of {n}: {folder.shape(n)} in the file, {s} in config.json"
-        for n, s in expected.items()
-        if n in folder.where and folder.shape(n) != s
-    ]
-    if problems:
-        more = [f"... and {len(problems) - 40} more"] if len(problems) > 40 else []
-        shown = "\n  ".join(problems[:40] + more)
-        raise ValueError(f"{path} does not match its config.json ({len(problems)}):\n  {shown}")
-
-    shardings = _flat(parameter_shardings(state, mesh)) if mesh is not None else {}
-    for entry, names, one, _ in entries:
-        tensors = [_to_port(entry, folder.read(name), one) for name in names]
-        value = np.stack(tensors) if "{i}" in entry.hf else tensors[0]
-        value = value.astype(jnp.dtype(dtype))
-        where = shardings[entry.path].get_value() if mesh is not None else None
-        flat[entry.path].set_value(put(value, where))
-    model = nnx.merge(graph, state)
-    model.name_or_path = str(path)
-    return model
-
-
+ARRAYS = "weights"
+"""Folder of JAX arrays (orbax) that a converted checkpoint has in place of safetensors files."""
 CARRIED_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -265,6 +56,145 @@ CARRIED_FILES = (
     "vocab.json",
 )
 """What a checkpoint folder holds besides weights and config.json."""
+HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+
+
+def abstract_model(config: Qwen3VLConfig, kernels: Kernels | None = None) -> Qwen3VL:
+    """The module tree with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: Qwen3VL(config, nnx.Rngs(0), kernels))
+
+
+# --- in -----------------------------------------------------------------------------------------
+
+
+def load_pretrained(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = "bfloat16",
+    kernels: Implementation | Literal["auto"] = "auto",
+    progress: bool = False,
+) -> Qwen3VL:
+    """Load a Qwen3-VL folder: safetensors as Hugging Face has them, or what `p2r convert` wrote.
+
+    mesh: where to place parameters (see `parallel.mesh`); None = the default device.
+    dtype: of all parameters. kernels: attention, see `ops.kernels`. progress: show a bar.
+    Raises FileNotFoundError for a missing folder or file and ValueError listing every missing,
+    unexpected and mis-shaped tensor at once.
+    """
+    path = Path(path)
+    config = Qwen3VLConfig.from_pretrained(path)
+    graph, state = nnx.split(abstract_model(config, Kernels.choose(kernels, mesh)))
+    flat, dtype = flat_state(state), np.dtype(dtype)
+    if mesh is None:
+        where = dict.fromkeys(flat, SingleDeviceSharding(jax.local_devices()[0]))
+    else:
+        placed = flat_state(parameter_shardings(state, mesh))
+        where = {name: variable.get_value() for name, variable in placed.items()}
+    like = {
+        name: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where[name]) for name, x in flat.items()
+    }
+    read = _read_arrays if (path / ARRAYS).is_dir() else _read_safetensors
+    for name, value in read(path, config, like, progress):
+        flat[name].set_value(value)
+    model = nnx.merge(graph, state)
+    model.name_or_path = str(path)
+    return model
+
+
+Like = Mapping[str, jax.ShapeDtypeStruct]
+"""Shape, type and sharding wanted of each parameter, by path."""
+
+
+def _read_safetensors(
+    path: Path, config: Qwen3VLConfig, like: Like, progress: bool
+) -> Iterator[tuple[str, jax.Array]]:
+    folder = TensorFolder(path)
+    wanted = parameters(config, {name: x.shape for name, x in like.items()})
+    shapes = {name: p.hf_shape for p in wanted for name in p.names}
+    found = dict(folder.shapes)
+    # Some tools write the tied head a second time; harmless only if it is the same matrix.
+    if config.tie_word_embeddings and _same(folder, HEAD, EMBEDDING):
+        del found[HEAD]
+    check_contents(path, shapes, found)
+    total = sum(_local_bytes(like[p.path]) for p in wanted)
+    with bytes_bar(f"loading {path.name}", total, progress) as advance:
+        for p in wanted:
+            yield p.path, _assemble(p, folder, like[p.path])
+            advance(_local_bytes(like[p.path]))
+    folder.close()
+
+
+def _read_arrays(
+    path: Path, config: Qwen3VLConfig, like: Like, progress: bool
+) -> Iterator[tuple[str, jax.Array]]:
+    folder = path / ARRAYS
+    found = {name: x.shape for name, x in array_types(folder).items()}
+    check_contents(path, {name: x.shape for name, x in like.items()}, found)
+    total = sum(map(_local_bytes, like.values()))
+    with bytes_bar(f"loading {path.name}", total, progress) as advance:
+        for name, x in like.items():
+            yield name, restore_arrays(folder, {name: x})[name]
+            advance(_local_bytes(x))
+
+
+def _assemble(p: Parameter, folder: TensorFolder, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A parameter on its devices, of which this process reads what its own ones hold."""
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        # Devices that hold the same part share one reading of it.
+        if (key := repr(index)) not in parts:
+            shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, like.shape, strict=True))
+            parts[key] = _aligned(shape, like.dtype)
+            p.read(index, parts[key], folder.read)
+        return parts[key]
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX on a CPU takes over as it is, where it would copy another."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _same(folder: TensorFolder, a: str, b: str, rows: int = 4096) -> bool:
+    """Whether both tensors are there and equal."""
+    if not {a, b} <= folder.shapes.keys() or folder.shapes[a] != folder.shapes[b]:
+        return False
+    count = folder.shapes[a][0]
+    spans = [(slice(i, min(i + rows, count)),) for i in range(0, count, rows)]
+    return all(np.array_equal(folder.read(a, s), folder.read(b, s)) for s in spans)
+
+
+def check_contents(
+    path: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError with everything that is missing, unexpected and of another shape."""
+    problems = [f"missing: {n}" for n in sorted(wanted.keys() - found.keys())]
+    problems += [f"unexpected: {n}" for n in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"shape of {n}: {tuple(found[n])} in the file, {tuple(s)} in config.json"
+        for n, s in wanted.items()
+        if n in found and tuple(found[n]) != tuple(s)
+    ]
+    if problems:
+        more = [f"... and {len(problems) - 40} more"] if len(problems) > 40 else []
+        shown = "\n  ".join(problems[:40] + more)
+        raise ValueError(f"{path} does not match its config.json ({len(problems)}):\n  {shown}")
+
+
+def _local_bytes(like: jax.ShapeDtypeStruct) -> int:
+    """What the devices of this process hold, the same part once."""
+    assert like.sharding is not None
+    indices = like.sharding.addressable_devices_indices_map(like.shape).values()
+    shard = math.prod(like.sharding.shard_shape(like.shape))
+    return len(set(map(repr, indices))) * shard * like.dtype.itemsize
+
+
+# --- out ----------------------------------------------------------------------------------------
 
 
 def save_pretrained(
@@ -274,72 +204,167 @@ def save_pretrained(
     files_from: str | Path | None = None,
     dtype: Any = "bfloat16",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> None:
     """Write a folder that transformers loads: safetensors shards, index, config (4.57 form).
 
     files_from: a checkpoint folder whose tokenizer, chat template, processor and generation files
-    are carried along. Written beside the target and renamed, so a killed export never looks whole.
-    Raises FileExistsError if `path` exists.
+    are carried along. overwrite: replace a folder that is there. progress: show a bar. Several
+    processes write the files between them. Written beside the target and renamed, so a killed
+    export never looks whole. Raises FileExistsError if `path` exists and OSError if a process
+    cannot write.
     """
+    flat = flat_state(nnx.state(model, nnx.Param))
+    export(
+        model.config,
+        {name: x.shape for name, x in flat.items()},
+        lambda name: flat[name].get_value(),
+        path,
+        files_from=files_from,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def export(
+    config: Qwen3VLConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    value: Callable[[str], jax.Array],
+    path: str | Path,
+    *,
+    files_from: str | Path | None = None,
+    dtype: Any = "bfloat16",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """`save_pretrained` for parameters that are fetched one at a time: value("lm_head"), say."""
+    path, dtype = Path(path), np.dtype(dtype)
+    wanted = parameters(config, dict(shapes))
+    tensors = [(name, p.hf_shape) for p in wanted for name in p.names]
+    total = sum(math.prod(shape) for _, shape in tensors) * dtype.itemsize
+    # Enough files for every process to have one.
+    most = min(max_shard_bytes, -(-total // jax.process_count()))
+    files = split_in_files(tensors, dtype.itemsize, most)
+    with written_at_once(path, files_from, overwrite) as folder:
+        out = _Files(folder, files, dtype)
+        failure: OSError | None = None
+        with bytes_bar(f"writing {path.name}", total, progress) as advance:
+            for p in wanted:
+                stored = value(p.path)
+                for layer, name in enumerate(p.names):
+                    mine = out.is_mine(name)
+                    tensor = to_one(_one(stored, layer if p.stacked else None, dtype), here=mine)
+                    if tensor is not None and failure is None:
+                        try:
+                            out.write(name, p.to_hf(tensor))
+                        except OSError as error:
+                            failure = error  # The others still need this process to fetch theirs.
+                    advance(math.prod(p.hf_shape) * dtype.itemsize)
+                if failure is not None and jax.process_count() == 1:
+                    break
+        out.close(whole=failure is None)
+        if any_process(failure is not None):
+            raise failure or OSError(f"another process could not write its part of {path}")
+        if is_main():
+            out.write_index(total)
+            write_config(config, folder, dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _one(stored: jax.Array, layer: int | None, dtype: Any) -> jax.Array:
+    """One layer, rounded before it travels. The layer is traced: one program serves them all."""
+    return (stored if layer is None else stored[layer]).astype(dtype)
+
+
+class _Files:
+    """The safetensors files of an export, of which each process writes every so many."""
+
+    def __init__(self, folder: Path, files: list[list[TensorShape]], dtype: np.dtype):
+        count = len(files)
+        self.folder, self.files, self.dtype = folder, files, dtype
+        self.names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if count == 1:
+            self.names = ["model.safetensors"]
+        self.file_of = {name: i for i, held in enumerate(files) for name, _ in held}
+        self.current = -1
+        self.writer: TensorWriter | None = None
+
+    def is_mine(self, name: str) -> bool:
+        return self.file_of[name] % jax.process_count() == jax.process_index()
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        """In the order of the files."""
+        number = self.file_of[name]
+        if number != self.current:
+            self.close()
+            self.current = number
+            file = self.folder / self.names[number]
+            self.writer = TensorWriter(file, self.files[number], self.dtype)
+        assert self.writer is not None
+        self.writer.write(tensor)
+
+    def close(self, whole: bool = True) -> None:
+        if self.writer is not None:
+            self.writer.close(whole)
+            self.writer = None
+
+    def write_index(self, total: int) -> None:
+        """What says where each tensor is, if there are several files."""
+        if len(self.files) > 1:
+            weight_map = {name: self.names[i] for name, i in self.file_of.items()}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def save_converted(
+    model: Qwen3VL, path: str | Path, *, files_from: str | Path | None = None
+) -> None:
+    """Write a folder that `load_pretrained` reads, with the weights as JAX arrays on disk, of the
+    dtype they have. Raises as `save_pretrained` does."""
     path = Path(path)
-    if not is_main():
-        # Every tensor is gathered by all processes; one of them writes.
-        _write(model, None, jnp.dtype(dtype), max_shard_bytes)
-        return
-    if path.exists():
-        raise FileExistsError(f"{path} exists: choose another folder or delete it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        _write(model, temporary, jnp.dtype(dtype), max_shard_bytes)
-        if files_from is not None:
-            for file in sorted(Path(files_from).iterdir()):
-                if file.name in CARRIED_FILES:
-                    shutil.copyfile(file, temporary / file.name)
-        temporary.chmod(0o755)
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner may read
+    values = {n: x.get_value() for n, x in flat_state(nnx.state(model, nnx.Param)).items()}
+    with written_at_once(path, files_from, overwrite=False) as folder:
+        save_arrays(folder / ARRAYS, values)
+        if is_main():
+            write_config(model.config, folder, next(iter(values.values())).dtype)
+
+
+def write_config(config: Qwen3VLConfig, folder: Path, dtype: np.dtype) -> None:
+    """config.json in the form of transformers 4.57."""
+    (folder / "config.json").write_text(json.dumps(config.to_hf(str(dtype)), indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def written_at_once(path: Path, files_from: str | Path | None, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `path` to write to, for all processes, that becomes `path` at the end."""
+    temporary, old = (path.parent / f".{path.name}.{end}" for end in ("partial", "old"))
+
+    def begin() -> None:
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists: choose another folder or delete it first")
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        for file in sorted(Path(files_from).iterdir()) if files_from is not None else ():
+            if file.name in CARRIED_FILES:
+                shutil.copyfile(file, temporary / file.name)
+        if path.exists():
+            os.replace(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    on_main(begin)
+    try:
+        yield temporary
+        any_process(False)  # All have written.
+        on_main(finish)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _write(model: Qwen3VL, folder: Path | None, dtype: Any, max_shard_bytes: int) -> None:
-    """folder: None on a process that only takes part in gathering."""
-    flat = _flat(nnx.state(model, nnx.Param))
-    shards: list[dict[str, Any]] = [{}]
-    size = total = 0
-    for entry, names, _, hf_shape in _entries(model.config, flat):
-        value = flat[entry.path].get_value()
-        for i, name in enumerate(names):
-            one = value[i] if "{i}" in entry.hf else value
-            # A NumPy transpose is a strided view, whose bytes safetensors would write in the wrong
-            # order; a JAX array is always dense.
-            tensor = jnp.asarray(_to_hf(entry, one, hf_shape), dtype)
-            if jax.process_count() > 1:
-                tensor = to_host(tensor)
-            if folder is None:
-                continue
-            if size + tensor.nbytes > max_shard_bytes and shards[-1]:
-                shards.append({})
-                size = 0
-            shards[-1][name] = tensor
-            size += tensor.nbytes
-            total += tensor.nbytes
-    if folder is None:
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = json.dumps(model.config.to_hf(str(dtype)), indent=2)
-    (folder / "config.json").write_text(config + "\n")

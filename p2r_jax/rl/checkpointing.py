@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import platform
 import shutil
 import time
@@ -26,6 +27,9 @@ from p2r_jax.parallel.multihost import any_process, is_main
 from p2r_jax.rl.schedule import Progress
 from p2r_jax.rl.step import TrainState
 from p2r_jax.rl.stop import RunStopped
+
+PARAMS = "params"
+"""The policy's weights in a checkpoint."""
 
 
 class Checkpoints:
@@ -181,11 +185,11 @@ class Checkpoints:
         if changed:
             self.notify(f"the checkpoint was written with another environment: {changed}")
         state = TrainState(
-            _refill(like.params, read["params"]),
-            _refill(like.opt_state, read["opt_state"]),
+            _refill(like.params, read[PARAMS], _named),
+            _refill(like.opt_state, read["opt_state"], _numbered),
             read["skipped"],
         )
-        frozen = _refill(snapshot, read["snapshot"])
+        frozen = _refill(snapshot, read["snapshot"], _named)
         return Progress(**meta["progress"]), state, frozen, meta["pending"]
 
     def _set_aside(self, step: int, problem: str) -> None:
@@ -205,6 +209,38 @@ class _OtherContents(Exception):
 
 class _OtherData(Exception):
     """What differs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedWeights:
+    """The policy of one checkpoint, for whoever reads nothing else of it."""
+
+    step: int
+    folder: Path
+    """With the arrays, of which PARAMS are the weights; see `qwen3_vl.arrays`."""
+    model: str
+    """The checkpoint that the run started from, as its settings name it."""
+
+    @classmethod
+    def find(cls, path: Path, step: int | None = None) -> SavedWeights | None:
+        """Of a run folder (its newest checkpoint, or that of `step`) or a checkpoint's own folder;
+        None for any other folder. Raises ValueError for a step that there is not."""
+        folder = path / "checkpoints"
+        if (path / "meta").is_dir() and path.name.isdigit():
+            found = path
+        elif folder.is_dir():
+            steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+            if step not in [None, *steps] or not steps:
+                wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+                raise ValueError(f"{folder} holds {wanted}; there are {steps or 'none'}")
+            found = folder / str(steps[-1] if step is None else step)
+        else:
+            return None
+        try:
+            meta = json.loads((found / "meta" / "metadata").read_text())
+            return cls(int(found.name), found / "state", meta["settings"]["model"]["path"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{found} is not a whole checkpoint: {error!r}") from error
 
 
 def environment() -> dict[str, str]:
@@ -233,20 +269,29 @@ def _fingerprint(tree: dict[str, Any]) -> int:
     return zlib.crc32(repr(leaves).encode())
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by number: orbax then needs to know nothing of our containers."""
+# Orbax needs to know nothing of our containers: weights are leaves by name ("lm_head"), as in
+# `qwen3_vl.names`, and the optimizer's are numbered.
+
+
+def _named(params: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def _numbered(tree: Any) -> dict[str, Any]:
     return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
-def _refill(like: Any, leaves: dict[str, Any]) -> Any:
-    structure = jax.tree.structure(like)
-    return jax.tree.unflatten(structure, [leaves[str(i)] for i in range(len(leaves))])
+def _refill(like: Any, leaves: dict[str, Any], names: Callable[[Any], dict[str, Any]]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in names(like)])
 
 
 def _tree(state: TrainState, snapshot: Any) -> dict[str, Any]:
     return {
-        "params": _leaves(state.params),
-        "opt_state": _leaves(state.opt_state),
+        PARAMS: _named(state.params),
+        "opt_state": _numbered(state.opt_state),
         "skipped": state.skipped,
-        "snapshot": _leaves(snapshot),
+        "snapshot": _named(snapshot),
     }

@@ -90,7 +90,8 @@ def build_trainer(
     )
 
     def load() -> nnx.State:
-        return nnx.state(load_pretrained(folder, mesh, dtype, config.model.kernels), nnx.Param)
+        model = load_pretrained(folder, mesh, dtype, config.model.kernels, progress=is_main())
+        return nnx.state(model, nnx.Param)
 
     greedy = greedy_schedule(config.rollout.greedy_slots, tuple(config.buckets.response_tokens))
     pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, greedy)

@@ -17,7 +17,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -391,11 +390,15 @@ class Trainer:
 
     def _export(self, log: RunLog) -> None:
         begin = time.perf_counter()
-        folder = self.run_folder / "export"
-        if folder.exists() and is_main():
-            shutil.rmtree(folder)
         model = nnx.merge(self.pipeline.graph, self.live.state.params)
-        save_pretrained(model, folder, files_from=model.name_or_path, dtype=self.dtype)
+        save_pretrained(
+            model,
+            self.run_folder / "export",
+            files_from=model.name_or_path,
+            dtype=self.dtype,
+            overwrite=True,
+            progress=is_main(),
+        )
         self._between["time/export"] = time.perf_counter() - begin
 
     def _write_summary(self, log: RunLog) -> dict[str, Any]:

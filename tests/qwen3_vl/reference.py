@@ -30,9 +30,15 @@ from p2r_jax.ops.attention import attention, causal_mask
 from p2r_jax.qwen3_vl import Qwen3VL, Qwen3VLConfig, hf, load_pretrained
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import prompts_from_hf
+from p2r_jax.qwen3_vl.names import flat_state, parameters
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+GATE = 3e-6
+"""Relative L2 between float32 values of the port and of the reference, logits or any stage."""
+LARGEST = 1e-4
+"""Difference of any single logit."""
 
 IMAGE, VIDEO, VISION_START, VISION_END = 300, 301, 302, 303
 VOCABULARY = 320
@@ -154,7 +160,9 @@ SCENARIOS: dict[str, tuple[tuple[Row, ...], str]] = {
     "images of mixed sizes": (((2, (4, 6), 3, (2, 10), 1, (10, 2), 4),), "right"),
     "right padding": (MIXED, "right"),
     "left padding": (MIXED, "left"),
+    "strips": (((1, (2, 2), 3, (2, 60), 75, (60, 2), 2), (4, (60, 2), 1)), "left"),
 }
+"""`strips` has more patches and more tokens than attention takes in one chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,30 +235,14 @@ def with_config(model: Qwen3VL, config: Qwen3VLConfig) -> Qwen3VL:
     return nnx.merge(graph, nnx.state(model))
 
 
-@nnx.jit
-def jax_stages(model: Qwen3VL, prompts: Prompts) -> dict[str, jax.Array]:
-    """Visual tokens, DeepStack levels, and each layer's rotated keys and its values."""
-    mask = causal_mask(prompts.valid)
-    visual, deepstack = model.visual(prompts.patches)
-    _, (keys, values) = model.language_model(
-        model.embed(prompts.tokens, visual, prompts.visual_slot),
-        prompts.positions,
-        lambda q, k, v, _: (attention(q, k, v, mask), (k, v)),
-        deepstack=deepstack,
-        visual_slot=prompts.visual_slot,
-    )
-    return {"visual": visual, "deepstack": deepstack, "keys": keys, "values": values}
-
-
 def to_hf(model: Qwen3VL, state: Any) -> dict[str, np.ndarray]:
     """Parameters or gradients of the port under their Hugging Face names and shapes."""
-    flat = hf._flat(state)
+    flat = flat_state(state)
     out = {}
-    for entry, names, _, shape in hf._entries(model.config, flat):
-        value = flat[entry.path].get_value()
-        for i, name in enumerate(names):
-            one = value[i] if "{i}" in entry.hf else value
-            out[name] = np.asarray(hf._to_hf(entry, one, shape))
+    for p in parameters(model.config, {name: x.shape for name, x in flat.items()}):
+        value = np.asarray(flat[p.path].get_value())
+        for i, name in enumerate(p.names):
+            out[name] = p.to_hf(value[i] if p.stacked else value)
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from p2r_jax.parallel.mesh import make_mesh, parameter_shardings
 from p2r_jax.qwen3_vl import Qwen3VLConfig, forward_hf, hf, load_pretrained, save_pretrained
+from p2r_jax.qwen3_vl.names import TABLE, canonical_name, flat_state, parameters
+from p2r_jax.qwen3_vl.tensor_files import TensorFolder, TensorWriter
 from tests.qwen3_vl.reference import relative_l2, scenario, to_hf, torch_logits
 
 PUBLISHED = {
@@ -39,7 +42,7 @@ def bits(x) -> np.ndarray:
     return x.view(f"u{x.dtype.itemsize}")
 
 
-def parameters(model) -> dict[str, np.ndarray]:
+def tensors_of(model) -> dict[str, np.ndarray]:
     return to_hf(model, nnx.state(model, nnx.Param))
 
 
@@ -59,22 +62,22 @@ class TestPublishedModels:
         expected = {n: tuple(p.shape) for n, p in torch_parameters(reference).items()}
 
         config = Qwen3VLConfig.from_hf(raw)
-        flat = hf._flat(nnx.state(hf.abstract_model(config)))
-        entries = list(hf._entries(config, flat))
-        actual = {name: shape for _, names, _, shape in entries for name in names}
+        flat = flat_state(nnx.state(hf.abstract_model(config)))
+        table = parameters(config, {name: x.shape for name, x in flat.items()})
+        actual = {name: p.hf_shape for p in table for name in p.names}
         assert actual == expected
 
         visual = [s for name, s in actual.items() if name.startswith("model.visual.")]
         totals = len(actual), *(sum(map(math.prod, x)) for x in (actual.values(), visual))
         assert totals == PUBLISHED[size]
-        assert {entry.path for entry, *_ in entries} == set(flat)
+        assert {p.path for p in table} == set(flat)
 
     @pytest.mark.parametrize("size", ["2B", "8B"])
     def test_eight_devices_hold_an_eighth_each(self, size):
         """On fsdp 4 x tensor 2 only norms, biases and the like are held more than once."""
         abstract = nnx.state(hf.abstract_model(Qwen3VLConfig.from_hf(published_config(size))))
         shardings = parameter_shardings(abstract, make_mesh(fsdp=4, tensor=2))
-        shapes, placed = hf._flat(abstract), hf._flat(shardings)
+        shapes, placed = flat_state(abstract), flat_state(shardings)
         held = sum(
             math.prod(placed[path].get_value().shard_shape(variable.shape))
             for path, variable in shapes.items()
@@ -136,14 +139,14 @@ class TestShards:
         assert len(files) > 3
         assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
         assert set(index["weight_map"].values()) == set(files)
-        held = parameters(pair.model)
+        held = tensors_of(pair.model)
         assert index["metadata"]["total_size"] == sum(x.nbytes for x in held.values())
 
         theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
             out, dtype=torch.float32
         )
         theirs = torch_parameters(theirs)
-        ours = parameters(load_pretrained(out, dtype="float32"))
+        ours = tensors_of(load_pretrained(out, dtype="float32"))
         assert theirs.keys() == ours.keys() == held.keys()
         for name, value in held.items():
             np.testing.assert_array_equal(ours[name], value)
@@ -153,8 +156,8 @@ class TestShards:
         pair = pairs["uneven"]
         pair.torch_model.save_pretrained(tmp_path, max_shard_size="200KB")
         assert len(list(tmp_path.glob("*.safetensors"))) > 3
-        ours = parameters(load_pretrained(tmp_path, dtype="float32"))
-        for name, value in parameters(pair.model).items():
+        ours = tensors_of(load_pretrained(tmp_path, dtype="float32"))
+        for name, value in tensors_of(pair.model).items():
             np.testing.assert_array_equal(ours[name], value)
 
     def test_a_missing_shard_is_named(self, pairs, tmp_path):
@@ -172,13 +175,33 @@ class TestSaving:
             save_pretrained(pairs["compact"].model, tmp_path)
 
     def test_a_failed_export_leaves_nothing_behind(self, pairs, tmp_path, monkeypatch):
-        def fail(*_, **__):
-            raise OSError("disk full")
-
-        monkeypatch.setattr(hf, "save_file", fail)
+        monkeypatch.setattr(TensorWriter, "write", _disk_full)
         with pytest.raises(OSError, match="disk full"):
             save_pretrained(pairs["compact"].model, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
+
+    def test_replacing_leaves_the_old_export_until_the_new_one_is_whole(
+        self, pairs, tmp_path, monkeypatch
+    ):
+        out = tmp_path / "out"
+        save_pretrained(pairs["compact"].model, out, dtype="float32")
+        before = (out / "model.safetensors").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorWriter, "write", _disk_full)
+            with pytest.raises(OSError, match="disk full"):
+                save_pretrained(pairs["compact"].model, out, overwrite=True)
+        assert (out / "model.safetensors").read_bytes() == before
+        save_pretrained(pairs["compact"].model, out, overwrite=True)
+        assert (out / "model.safetensors").stat().st_size < len(before)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_what_a_killed_export_left_is_in_nobodys_way(self, pairs, tmp_path):
+        left = tmp_path / ".out.partial"
+        left.mkdir()
+        (left / "model.safetensors").write_text("half")
+        save_pretrained(pairs["compact"].model, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        load_pretrained(tmp_path / "out")
 
     def test_tokenizer_and_processor_files_come_along(self, pairs, tmp_path):
         source = tmp_path / "source"
@@ -191,6 +214,10 @@ class TestSaving:
         out = {path.name for path in (tmp_path / "out").iterdir()}
         assert out == carried | {"config.json", "model.safetensors"}
         assert (tmp_path / "out" / "config.json").read_text() != "theirs"
+
+
+def _disk_full(*_, **__):
+    raise OSError("disk full")
 
 
 @pytest.fixture
@@ -224,14 +251,14 @@ class TestForeignNames:
                 new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items()
             }
         )
-        ours = parameters(load_pretrained(folder, dtype="float32"))
-        for name, value in parameters(pairs["compact"].model).items():
+        ours = tensors_of(load_pretrained(folder, dtype="float32"))
+        for name, value in tensors_of(pairs["compact"].model).items():
             np.testing.assert_array_equal(ours[name], value)
 
     def test_canonical_names_are_left_alone(self):
-        names = [e.hf.format(i=0) for e in hf.TABLE]
-        assert [hf.canonical_name(n) for n in names] == names
-        assert hf.canonical_name("language_model.lm_head.weight") == "lm_head.weight"
+        names = [e.hf.format(i=0) for e in TABLE]
+        assert [canonical_name(n) for n in names] == names
+        assert canonical_name("language_model.lm_head.weight") == "lm_head.weight"
 
 
 class TestRefusals:
@@ -295,6 +322,41 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin are refused"):
             load_pretrained(tmp_path)
 
+    def test_code_that_comes_with_a_checkpoint_is_refused(self, editable):
+        folder = editable(lambda tensors: None)
+        raw = json.loads((folder / "config.json").read_text())
+        raw["auto_map"] = {"AutoModel": "modeling.Mine"}
+        (folder / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(ValueError, match=r"config\.json: auto_map names code"):
+            load_pretrained(folder)
+
+    def test_quantized_weights_are_refused_by_name(self, editable):
+        folder = editable(lambda t: t.update({self.NORM: t[self.NORM].astype(np.int8)}))
+        with pytest.raises(ValueError, match=rf"{self.NORM} \(I8\)\. Quantized weights"):
+            load_pretrained(folder)
+
+    @pytest.mark.parametrize("kept", [0, 5, 1000, -1], ids=["empty", "5", "1000", "all but one"])
+    def test_a_download_that_did_not_finish_is_named(self, editable, kept):
+        file = editable(lambda tensors: None) / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:kept])
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged.*get it again"):
+            load_pretrained(file.parent)
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+    def test_json_that_is_cut_off_is_named(self, editable, name):
+        folder = editable(lambda tensors: None)
+        (folder / name).write_text('{"model_type": "qwen3')
+        with pytest.raises(ValueError, match=re.escape(name)):
+            load_pretrained(folder)
+
+    def test_an_index_cannot_name_files_elsewhere(self, editable):
+        folder = editable(lambda tensors: None)
+        shutil.copy(folder / "model.safetensors", folder.parent / "other.safetensors")
+        index = {"weight_map": {self.NORM: "../other.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"outside of its folder: \['\.\./other"):
+            load_pretrained(folder)
+
     def test_a_config_without_theta_is_refused(self, editable):
         folder = editable(lambda tensors: None)
         raw = json.loads((folder / "config.json").read_text())
@@ -328,10 +390,25 @@ class TestMesh:
         assert kernel.shape == (4, 48, 4, 16)  # layers, width, heads, head width
         assert {shard.data.shape for shard in kernel.addressable_shards} == {(4, 12, 2, 16)}
 
+    @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+    def test_each_part_is_read_once(self, pairs, monkeypatch, sizes):
+        """Replicated or not: of every tensor the bytes that some device holds, and those once."""
+        read, counted = TensorFolder.read, []
+
+        def count(self, name, part=()):
+            out = read(self, name, part)
+            counted.append(out.size)
+            return out
+
+        monkeypatch.setattr(TensorFolder, "read", count)
+        load_pretrained(pairs["uneven"].folder, make_mesh(*sizes), "float32")
+        whole = sum(x.size for x in jax.tree.leaves(nnx.state(pairs["uneven"].model)))
+        assert sum(counted) == whole
+
     def test_a_sharded_model_is_saved_whole(self, pairs, sharded, tmp_path):
         save_pretrained(sharded, tmp_path / "out", dtype="float32")
         ours = load_file(tmp_path / "out" / "model.safetensors")
-        for name, value in parameters(pairs["uneven"].model).items():
+        for name, value in tensors_of(pairs["uneven"].model).items():
             np.testing.assert_array_equal(ours[name], value)
 
 

@@ -1,0 +1,169 @@
+"""Safetensors files, read by parts and written as a stream.
+
+The library maps a file into memory, and pages that were read count as memory of the process until
+the file is closed; it writes a file only from all of its tensors at once. Both are gigabytes at the
+size of real checkpoints, so files are reopened now and then, and written tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from p2r_jax.qwen3_vl.names import canonical_name
+
+INDEX = "model.safetensors.index.json"
+TensorShape = tuple[str, tuple[int, ...]]
+"""Name and shape of a tensor."""
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""What weights may be stored in."""
+
+_MAPPED_BYTES = 256 * 2**20
+"""After reading so much a file is reopened."""
+
+
+class TensorFolder:
+    """Tensors of one or several safetensors files by canonical name.
+
+    Raises FileNotFoundError for missing files and ValueError naming a damaged one, tensors that are
+    there twice, and tensors that are not floating-point numbers.
+    """
+
+    def __init__(self, path: Path):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, tuple[Path, str]] = {}
+        self._file: Path | None = None
+        self._handle: Any = None
+        self._mapped = 0
+        strange = []
+        for file in _files(path):
+            handle = self._open(file)
+            for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                canonical = canonical_name(name)
+                if canonical in self._where:
+                    raise ValueError(
+                        f"{file} holds {name}, but {canonical} was read before: the same tensor "
+                        "is there twice (files of two exports in one folder?)"
+                    )
+                part = handle.get_slice(name)
+                self.shapes[canonical] = tuple(part.get_shape())
+                self._where[canonical] = (file, name)
+                if part.get_dtype() not in DTYPES:
+                    strange.append(f"{name} ({part.get_dtype()})")
+        if strange:
+            more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+            raise ValueError(
+                f"{path} holds tensors that are not float32, float16 or bfloat16: "
+                f"{', '.join(strange[:3])}{more}. Quantized weights are not supported: take the "
+                "bfloat16 ones"
+            )
+
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """A tensor, or the part of it that slices of its first axes name."""
+        file, own = self._where[name]
+        if self._mapped > _MAPPED_BYTES:
+            self.close()
+        handle = self._open(file)
+        tensor = handle.get_slice(own)
+        self._mapped += math.prod(self.shapes[name]) * DTYPES[tensor.get_dtype()].itemsize
+        return tensor[part or slice(None)]
+
+    def close(self) -> None:
+        """Give the mapped memory back; reading opens the file again."""
+        self._file = self._handle = None
+        self._mapped = 0
+
+    def _open(self, file: Path) -> Any:
+        if file != self._file:
+            self.close()
+            try:
+                self._handle = safe_open(file, framework="numpy")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{file} is damaged, or its download did not finish ({error}): get it again"
+                ) from error
+            self._file = file
+        return self._handle
+
+
+def _files(path: Path) -> list[Path]:
+    index = path / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{index} names files outside of its folder: {outside}")
+        gone = [str(path / name) for name in names if not (path / name).is_file()]
+        if gone:
+            raise FileNotFoundError(f"{index} names files that do not exist: {gone}")
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        other = [f.name for f in path.glob("*.bin")]
+        hint = f" (pickle files such as {other[0]} are refused)" if other else ""
+        raise FileNotFoundError(f"{path} holds no .safetensors files{hint}")
+    return files
+
+
+class TensorWriter:
+    """One safetensors file, written in the order of its header."""
+
+    def __init__(self, file: Path, tensors: Sequence[TensorShape], dtype: np.dtype):
+        """dtype: of all tensors."""
+        self.tensors, self.dtype = tensors, dtype
+        self.written = 0
+        code = next(name for name, known in DTYPES.items() if known == dtype)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in tensors:
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._out = file.open("wb")
+        self._out.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, tensor: np.ndarray) -> None:
+        """The next tensor."""
+        name, shape = self.tensors[self.written]
+        assert tensor.shape == shape, f"{name}: {tensor.shape} is not {shape}"
+        assert tensor.dtype == self.dtype
+        # A transposed array is a strided view, whose bytes lie in the wrong order.
+        self._out.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+        self.written += 1
+
+    def close(self, whole: bool = True) -> None:
+        """whole: whether every tensor must have been written."""
+        self._out.close()
+        assert not whole or self.written == len(self.tensors), "tensors are missing"
+
+
+def split_in_files(
+    tensors: Iterable[TensorShape], itemsize: int, most_bytes: int
+) -> list[list[TensorShape]]:
+    """Tensors by file, in order; no file above `most_bytes` unless by a single tensor."""
+    files: list[list[TensorShape]] = [[]]
+    size = 0
+    for name, shape in tensors:
+        own = math.prod(shape) * itemsize
+        if files[-1] and size + own > most_bytes:
+            files.append([])
+            size = 0
+        files[-1].append((name, shape))
+        size += own
+    return files

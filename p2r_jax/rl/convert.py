@@ -1,0 +1,105 @@
+"""Weights to and from Hugging Face folders: `p2r convert`."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+from rich.console import Console
+
+from p2r_jax.qwen3_vl.arrays import array_types, restore_arrays
+from p2r_jax.qwen3_vl.config import Qwen3VLConfig
+from p2r_jax.qwen3_vl.hf import (
+    ARRAYS,
+    abstract_model,
+    check_contents,
+    export,
+    load_pretrained,
+    save_converted,
+)
+from p2r_jax.qwen3_vl.locate import locate_checkpoint
+from p2r_jax.qwen3_vl.names import flat_state
+from p2r_jax.rl.checkpointing import PARAMS, SavedWeights
+
+
+def from_hf(source: Path, out: Path, dtype: str = "bfloat16") -> None:
+    """Hugging Face folder to one with JAX arrays, which hosts of a pod read faster.
+
+    Raises ValueError or OSError before anything is written, or leaving nothing behind.
+    """
+    console, begin = Console(highlight=False, soft_wrap=True), time.perf_counter()
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another folder or delete it first")
+    if (source / ARRAYS).is_dir():
+        raise ValueError(f"{source} was converted already: give it to --model.path as it is")
+    model = load_pretrained(source, dtype=dtype, kernels="xla", progress=True)
+    console.print(f"writing {out} …")
+    save_converted(model, out, files_from=source)
+    _report(out, begin, console)
+
+
+def to_hf(
+    source: Path,
+    out: Path,
+    dtype: str = "bfloat16",
+    step: int | None = None,
+    files_from: Path | None = None,
+) -> None:
+    """The weights of a run, one of its checkpoints or a converted folder, for transformers.
+
+    Reads one parameter at a time, and nothing of the optimizer. step: of a run; default, its newest
+    checkpoint. files_from: the checkpoint that the run started from, if it is no longer where it
+    was. Raises ValueError or OSError naming what cannot be used.
+    """
+    console, begin = Console(highlight=False, soft_wrap=True), time.perf_counter()
+    saved = SavedWeights.find(source, step)
+    if saved is not None:
+        folder, base = saved.folder, files_from or _base(saved)
+        console.print(f"weights of step {saved.step}; config and tokenizer of {base}")
+    elif (source / ARRAYS).is_dir():
+        folder, base = source / ARRAYS, files_from or source
+    else:
+        raise ValueError(
+            f"{source} is neither a run folder, nor one of its checkpoints, nor a folder that "
+            "`p2r convert from-hf` wrote"
+        )
+    within = (PARAMS,) if saved is not None else ()
+    config = Qwen3VLConfig.from_pretrained(base)
+    flat = flat_state(nnx.state(abstract_model(config), nnx.Param))
+    shapes = {name: tuple(x.shape) for name, x in flat.items()}
+    found = array_types(folder, within)
+    check_contents(folder, shapes, {name: x.shape for name, x in found.items()})
+    device = SingleDeviceSharding(jax.local_devices()[0])
+
+    def value(name: str) -> jax.Array:
+        like = jax.ShapeDtypeStruct(shapes[name], found[name].dtype, sharding=device)
+        return restore_arrays(folder, {name: like}, within)[name]
+
+    export(config, shapes, value, out, files_from=base, dtype=dtype, progress=True)
+    _report(out, begin, console)
+
+
+def _base(saved: SavedWeights) -> Path:
+    try:
+        return locate_checkpoint(saved.model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the run started from {saved.model}, which is not there: name the folder that holds "
+            "its config.json and tokenizer with --files_from"
+        ) from error
+
+
+def _report(out: Path, begin: float, console: Console) -> None:
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+    console.print(
+        f"wrote {out}: {size / 1e9:.2f} GB in {time.perf_counter() - begin:.0f} s; "
+        f"peak memory of this process {peak / 2**30:.2f} GiB"
+    )
