@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from p2r_jax.config import CheckpointConfig
-from p2r_jax.parallel.multihost import any_process, is_main
+from p2r_jax.parallel.multihost import any_process, is_main, on_main
 from p2r_jax.rl.schedule import Progress
 from p2r_jax.rl.step import TrainState
 from p2r_jax.rl.stop import RunStopped
@@ -51,15 +51,19 @@ class Checkpoints:
         self.folder = (run / "checkpoints").absolute()
         self.saved: int | None = None
         """Step of the newest checkpoint."""
-        for unfinished in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
-            step = unfinished.name.split(".")[0]
-            notify(f"the checkpoint of step {step} was not finished; it is removed")
+        on_main(self._remove_unfinished)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def _remove_unfinished(self) -> None:
+        # Orbax would do this in the background, perhaps until the same step is saved again.
+        for unfinished in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
+            step = unfinished.name.split(".")[0]
+            self.notify(f"the checkpoint of step {step} was not finished; it is removed")
+            shutil.rmtree(unfinished)
 
     def due(self, step: int) -> bool:
         """Whether it is time to save after `step` steps."""
