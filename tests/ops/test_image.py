@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from PIL import Image, ImageColor, ImageDraw
 
 from p2r_jax.ops import image as ops
+from p2r_jax.qwen3_vl.processor import ImageSizes
 
 COLOR_NAMES = ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "magenta")
 # Pillow 13 takes the height pass first on tall crops; every earlier version went width first.
@@ -268,17 +269,27 @@ def test_unknown_pass_order_is_refused() -> None:
 # --- patches ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def processor():
+def pil_processor(min_pixels: int, max_pixels: int):
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     return module.Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 32 * 32, "longest_edge": 160 * 160},
+        size={"shortest_edge": min_pixels, "longest_edge": max_pixels},
         patch_size=16,
         temporal_patch_size=2,
         merge_size=2,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return pil_processor(32 * 32, 160 * 160)
+
+
+def assert_same_bits(actual, expected) -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype == np.float32
+    np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
 
 
 patchify = jax.jit(partial(ops.patchify, patch_size=16, temporal_patch_size=2))
@@ -293,7 +304,30 @@ def test_patches_equal_the_transformers_processor_bit_for_bit(processor, size) -
     canvases[1, : size[0], : size[1]] = pixels
     row_col = merge_block_order(size[0] // 16, size[1] // 16)
     patches = patchify(canvases, np.ones(len(row_col), np.int32), row_col)
-    np.testing.assert_array_equal(patches, reference["pixel_values"])
+    assert_same_bits(patches, reference["pixel_values"])
+
+
+PUBLISHED = ImageSizes(patch=16, merge=2, min_pixels=65_536, max_pixels=16_777_216)
+
+
+@pytest.mark.parametrize(
+    "size", [(10, 1500), (1500, 10), (31, 31), (333, 500), (1007, 1425), (16, 3200), (1920, 1080)]
+)
+def test_patches_of_an_image_of_any_size_equal_the_processors_bit_for_bit(size) -> None:
+    """The processor resizes as well; ours starts from Pillow's pixels of the size we ask for."""
+    image = Image.fromarray(scene(*size))
+    reference = pil_processor(PUBLISHED.min_pixels, PUBLISHED.max_pixels)(images=[image])
+    height, width = PUBLISHED.target_size(*size)
+    canvases = np.zeros((2, 3136, 3648, 3), np.uint8)
+    canvases[1, :height, :width] = image.resize((width, height), Image.Resampling.BICUBIC)
+    rows, columns = PUBLISHED.grid((height, width))
+    assert reference["image_grid_thw"].tolist() == [[1, rows, columns]]
+
+    slot, row_col = np.full(8192, -1, np.int32), np.zeros((8192, 2), np.int32)
+    slot[: rows * columns] = 1
+    row_col[: rows * columns] = merge_block_order(rows, columns)
+    patches = np.asarray(patchify(canvases, slot, row_col))
+    assert_same_bits(patches[: rows * columns], reference["pixel_values"])
 
 
 def test_patches_of_padding_are_zero_and_slots_choose_the_canvas() -> None:
@@ -377,13 +411,32 @@ def test_rendered_patches_equal_pillow_and_the_processor(evidence, processor, re
         assert not patches[row, len(expected) :].any()
 
 
+def test_views_that_keep_their_size_are_the_processors_patches_bit_for_bit(processor) -> None:
+    pixels = noise(96, 128)
+    pixels[:16, :16] = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    zeros = partial(np.zeros, dtype=np.int32)
+    views = ops.Views(
+        image_index=zeros((1, 1)),
+        crop=np.int32([[[0, 0, 128, 96]]]),
+        target=np.int32([[[96, 128]]]),
+        outlines=zeros((1, 1, 1, 4)),
+        outline_count=zeros((1, 1)),
+        line_width=zeros((1, 1)),
+    )
+    order = merge_block_order(6, 8)[None]
+    patches = render(pixels[None], np.int32([[96, 128]]), views, zeros((1, 48)), order)
+    reference = processor(images=[Image.fromarray(pixels)], do_resize=False)["pixel_values"]
+    assert_same_bits(patches[0], reference)
+
+
 def test_a_view_does_not_depend_on_its_neighbours(evidence) -> None:
     images, sizes, _, views = evidence
     slot, row_col = patch_lists(views, 100)
     together = render(images, sizes, views, slot, row_col)
+    compiled = render._cache_size()
     turned = jax.tree.map(lambda leaf: leaf[::-1].copy(), (views, slot, row_col))
     np.testing.assert_array_equal(render(images, sizes, *turned)[::-1], together)
-    assert render._cache_size() == 1
+    assert render._cache_size() == compiled
 
 
 def test_unknown_implementation_is_refused(evidence) -> None:

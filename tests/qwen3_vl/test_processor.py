@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference
 
 from p2r_jax.qwen3_vl.processor import ImageSizes, Processor, smart_resize
@@ -29,27 +30,75 @@ def user(*parts) -> list[dict]:
 # --- image sizes ------------------------------------------------------------------------------
 
 
-@settings(max_examples=500, deadline=None)
-@given(
-    st.integers(1, 9000),
-    st.integers(1, 9000),
-    st.sampled_from([8, 16, 28, 32]),
-    st.integers(1, 64),
-    st.integers(64, 4096),
-)
-def test_sizes_are_those_of_transformers(height, width, factor, least, most):
-    budget = {
-        "factor": factor,
-        "min_pixels": least * factor**2,
-        "max_pixels": most * factor**2,
-    }
-    try:
-        expected = reference(height, width, **budget)
-    except ValueError:
-        with pytest.raises(ValueError, match="aspect ratio above 200"):
-            smart_resize(height, width, **budget)
-    else:
-        assert smart_resize(height, width, **budget) == expected
+def random_cases(count: int) -> Iterator[tuple[int, int, dict[str, int]]]:
+    """Sizes and budgets, a fifth each of: any size up to 9000; any order of magnitude; sides of an
+    odd number of half factors, which are ties; aspects about 200; exactly the budget's area."""
+    rng = np.random.default_rng(0)
+    for case in range(count):
+        factor = int(rng.choice([8, 16, 28, 32]))
+        least = int(rng.integers(1, 65))
+        most = int(rng.integers(least, 4097))
+        if case % 5 == 0:
+            size = rng.integers(1, 9001, 2)
+        elif case % 5 == 1:
+            size = np.exp(rng.uniform(0, np.log(9000), 2)).astype(int)
+        elif case % 5 == 2:
+            size = factor // 2 * (2 * rng.integers(0, 100, 2) + 1)
+        elif case % 5 == 3:
+            short = rng.integers(1, 45)
+            size = rng.permutation([short, 200 * short + rng.integers(-2, 3)])
+        else:
+            rows, columns = rng.integers(1, 40, 2)
+            size = factor * np.array([rows, columns])
+            least, most = (rows * columns, 4096) if case % 2 else (1, rows * columns)
+        budget = {"min_pixels": int(least) * factor**2, "max_pixels": int(most) * factor**2}
+        yield int(size[0]), int(size[1]), {"factor": factor} | budget
+
+
+def test_sizes_are_those_of_transformers():
+    outcomes = Counter()
+    for height, width, budget in random_cases(10_000):
+        try:
+            expected = reference(height, width, **budget)
+        except ValueError:
+            with pytest.raises(ValueError, match="aspect ratio above 200"):
+                smart_resize(height, width, **budget)
+            outcomes["refused"] += 1
+        else:
+            assert smart_resize(height, width, **budget) == expected, (height, width, budget)
+            area, factor = expected[0] * expected[1], budget["factor"]
+            rounded = round(height / factor) * round(width / factor) * factor**2
+            outcomes["kept" if area == rounded else "shrunk" if area < rounded else "grown"] += 1
+    assert min(outcomes[kind] for kind in ("refused", "kept", "shrunk", "grown")) > 500
+
+
+def qwen_vl_utils_size(height, width, *, factor, min_pixels, max_pixels):
+    """How the authors of P2R size an image before the processor does: at least one factor a side
+    from the start, and no such limit when shrinking."""
+    new = [max(factor, round(side / factor) * factor) for side in (height, width)]
+    if new[0] * new[1] > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        new = [math.floor(side / beta / factor) * factor for side in (height, width)]
+    elif new[0] * new[1] < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        new = [math.ceil(side * beta / factor) * factor for side in (height, width)]
+    return tuple(new)
+
+
+@pytest.mark.parametrize("max_pixels", [2_097_152, 4_194_304])
+def test_the_authors_two_resizes_in_a_row_give_the_same_size(max_pixels):
+    """Not so for a side of 16 pixels or less, half a factor, which their first resize makes a whole
+    one, nor for aspects so near 200 that it makes them greater, and the second refuses."""
+    budget = BUDGET | {"max_pixels": max_pixels}
+    compared = 0
+    for height, width, _ in random_cases(10_000):
+        short, long = sorted((height, width))
+        if short > 16 and long <= 100 * short:
+            theirs = qwen_vl_utils_size(height, width, **budget)
+            assert smart_resize(height, width, **budget) == theirs, (height, width)
+            assert reference(*theirs, **budget) == theirs, (height, width)
+            compared += 1
+    assert compared > 5000
 
 
 @pytest.mark.parametrize(
