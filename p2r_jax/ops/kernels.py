@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from p2r_jax.ops import attention as xla
@@ -57,9 +57,26 @@ class Kernels:
             if count % self.mesh.shape["tensor"]:
                 raise ValueError(
                     f"mesh.tensor = {self.mesh.shape['tensor']} does not divide {name} = {count}, "
-                    "which the kernels need: choose a divisor, and put the other devices on "
-                    "mesh.fsdp"
+                    "which the kernels need: choose a divisor and put the other devices on "
+                    "mesh.fsdp, or choose kernels: xla"
                 )
+
+    def pin_rows(self, x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+        """Activations on the devices that own their rows.
+
+        Left to itself the partitioner may split widths instead, as weights are split, and then
+        every device computes all rows and sums them up in every layer.
+        """
+        return self._pin(x, PartitionSpec(self._row_axes(x.shape[0])))
+
+    def pin_whole(self, table: Float[Array, "..."]) -> Float[Array, "..."]:
+        """A small table on every device, so that each looks up its own rows and no others."""
+        return self._pin(table, PartitionSpec())
+
+    def _pin(self, x: Array, spec: PartitionSpec) -> Array:
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     def causal(
         self,

@@ -53,11 +53,11 @@ class Qwen3VL(nnx.Module):
         """Token embeddings, with visual tokens in place of the image placeholders."""
         table = self.language_model.embed_tokens[...]
         x = look_up(table, tokens, self.compute_dtype or table.dtype)
-        if visual is None:
-            return x
-        assert visual_slot is not None
-        gathered = jnp.take_along_axis(visual, jnp.maximum(visual_slot, 0)[..., None], axis=1)
-        return jnp.where(visual_slot[..., None] >= 0, gathered.astype(x.dtype), x)
+        if visual is not None:
+            assert visual_slot is not None
+            gathered = jnp.take_along_axis(visual, jnp.maximum(visual_slot, 0)[..., None], axis=1)
+            x = jnp.where(visual_slot[..., None] >= 0, gathered.astype(x.dtype), x)
+        return self.kernels.pin_rows(x)
 
     def embed_prompts(
         self, prompts: Prompts, remat: bool = False

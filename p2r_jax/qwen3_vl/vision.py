@@ -129,8 +129,10 @@ class VisionTower(nnx.Module):
         dtype = self.compute_dtype or table.dtype
         x = self.patch_embed(patches.pixels.astype(dtype))
         # Interpolated in float32 whatever the model dtype: bf16 weights shift boxes.
+        table = self.kernels.pin_whole(table)
         looked_up = look_up(table, patches.pos_index, dtype).astype(jnp.float32)
         x = x + (looked_up * patches.pos_weight[..., None]).sum(-2).astype(dtype)
+        x = self.kernels.pin_rows(x)
 
         frequencies = inverse_frequencies(config.rope_theta, config.head_dim // 4)
         angles = patches.row_col[..., None].astype(jnp.float32) * frequencies

@@ -2,8 +2,9 @@
 
     python -m tests.qwen3_vl.sharded_run FOLDER OUT PROCESS PROCESSES PORT
 
-On each of PROGRAM_MESHES it loads FOLDER, writes what it computes to OUT/MESH_PROCESS.npz, and
-takes part in saving the model to OUT/MESH, where MESH is such as 1x4x2.
+On each of PROGRAM_MESHES it loads FOLDER, writes what it computes, and how many numbers it read,
+to OUT/MESH_PROCESS.npz, and takes part in saving the model to OUT/MESH, where MESH is such as
+1x4x2.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from p2r_jax.parallel.multihost import put, start
 from p2r_jax.qwen3_vl import Qwen3VL, Qwen3VLConfig, load_pretrained, save_pretrained
 from p2r_jax.qwen3_vl.hf import abstract_model
 from p2r_jax.qwen3_vl.inputs import Prompts
+from p2r_jax.qwen3_vl.tensor_files import TensorFolder
 from tests.small_model import make_prompts
 
 NAMES = (
@@ -70,7 +72,7 @@ def placed(batch: tuple[Prompts, np.ndarray], mesh: Mesh) -> tuple[Prompts, jax.
 
 def on_mesh(model: Qwen3VL, mesh: Mesh, kernels: Kernels | None = None) -> Qwen3VL:
     """The same weights, split over a mesh."""
-    graph, _ = nnx.split(abstract_model(model.config, kernels))
+    graph, _ = nnx.split(abstract_model(model.config, kernels or Kernels("xla", mesh)))
     state = nnx.state(model)
     shardings = jax.tree.map(
         lambda variable: variable.get_value(),
@@ -122,14 +124,24 @@ def main(folder: str, out: str, process: str, processes: str, port: str) -> None
             coordinator=f"localhost:{port}", processes=int(processes), process=int(process)
         )
     )
+    read, counted = TensorFolder.read, []
+
+    def count(folder: TensorFolder, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+        tensor = read(folder, name, part)
+        counted.append(tensor.size)
+        return tensor
+
+    TensorFolder.read = count  # type: ignore[method-assign]
     for sizes in PROGRAM_MESHES:
         mesh = make_mesh(*sizes)
+        counted.clear()
         model = load_pretrained(folder, mesh, dtype="float32")
         logits, gradient = logits_and_gradient(model, placed(left_padded(), mesh))
         # One program, instead of one for each shape.
         whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(gradient | {"logits": logits})
         arrays = {name: np.asarray(x.addressable_data(0)) for name, x in whole.items()}
-        np.savez(Path(out, f"{title(sizes)}_{process}.npz"), **arrays)
+        numbers = {"numbers_read": np.int64(sum(counted))}
+        np.savez(Path(out, f"{title(sizes)}_{process}.npz"), **arrays, **numbers)
         save_pretrained(
             model,
             Path(out, title(sizes)),

@@ -21,6 +21,7 @@ import pytest
 from flax import nnx
 
 from p2r_jax.ops.kernels import Kernels
+from p2r_jax.parallel.hlo import collectives
 from p2r_jax.parallel.mesh import RULES, batch_shards, make_mesh
 from p2r_jax.qwen3_vl import Qwen3VL, forward_hf, load_pretrained, save_pretrained
 from p2r_jax.qwen3_vl.hf import abstract_model
@@ -118,6 +119,20 @@ def test_eight_devices_compute_what_one_computes(one, sizes):
     # Rows stay apart: a device that computed all of them would be right, and of no use.
     assert logits.sharding.shard_shape(logits.shape)[0] == len(logits) // batch_shards(mesh)
     assert_equal_but_for_rounding(gradient | {"logits": logits}, one.values)
+
+
+def test_forward_only_weights_travel(one):
+    """Not activations: split by width, as weights are, they would be summed up in every layer."""
+    mesh = make_mesh(fsdp=8)
+    graph, params = nnx.split(on_mesh(one.model, mesh))
+    prompts, _ = placed(left_padded(), mesh)
+    forward = jax.jit(lambda params, prompts: nnx.merge(graph, params)(prompts))
+    found = collectives(forward.lower(params, prompts).compile().as_text())
+    assert {c.kind for c in found} <= {"all-gather", "all-to-all"}
+    # The look-up of tokens finds a slice of each row on each device, and puts them together.
+    rows, width = prompts.tokens.shape[0] // 8, CONFIG.text.hidden_size
+    moved = rows * prompts.tokens.shape[1] * width * 4
+    assert all(c.bytes <= moved for c in found if c.kind == "all-to-all")
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
@@ -221,7 +236,20 @@ class TestTwoProcesses:
     @pytest.mark.parametrize("process", [0, 1])
     def test_each_gets_what_one_device_computes(self, one, two_processes, sizes, process):
         with np.load(two_processes / f"{title(sizes)}_{process}.npz") as values:
-            assert_equal_but_for_rounding(dict(values), one.values)
+            computed = {name: x for name, x in values.items() if name != "numbers_read"}
+            assert_equal_but_for_rounding(computed, one.values)
+
+    def test_each_reads_what_its_devices_hold(self, one, two_processes, sizes):
+        """Half of what is split over both of them on the first mesh, everything on the second."""
+        whole = sum(x.size for x in jax.tree.leaves(nnx.state(one.model)))
+        read = [
+            int(np.load(two_processes / f"{title(sizes)}_{i}.npz")["numbers_read"]) for i in (0, 1)
+        ]
+        if sizes == (2, 2, 2):
+            assert read == [whole, whole]
+        else:
+            assert max(read) < 0.6 * whole
+            assert sum(read) >= whole
 
     def test_together_they_write_the_folder_they_read(self, one, two_processes, sizes):
         """Byte for byte: every tensor, which file it is in, index and config."""
