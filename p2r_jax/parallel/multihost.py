@@ -92,6 +92,7 @@ def to_one(x: jax.Array, here: bool) -> np.ndarray | None:
         assert isinstance(x.sharding, NamedSharding)
         x = _replicate(x.sharding.mesh)(x)
     if not here:
+        x.block_until_ready()  # Or copies would pile up on the devices.
         return None
     return np.asarray(x if x.is_fully_addressable else x.addressable_data(0))
 
@@ -120,12 +121,13 @@ def any_process(flag: bool) -> bool:
 
 
 def on_main(action: Callable[[], Any]) -> None:
-    """Let the main process do something to files; raises OSError on all if it fails."""
-    error: OSError | None = None
+    """Let the main process do something to files. If it fails, that error there and OSError on all
+    others: none of them waits for one that is gone."""
+    error: Exception | None = None
     if is_main():
         try:
             action()
-        except OSError as problem:
+        except Exception as problem:
             error = problem
     if any_process(error is not None):
         raise error or OSError("process 0 could not write files: see its output")

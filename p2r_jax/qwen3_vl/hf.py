@@ -1,18 +1,14 @@
 """Weights in and out: Hugging Face folders both ways, and the same weights as JAX arrays on disk.
 
-A process reads the parts of tensors that its devices hold and no others, and processes write the
-files of an export between them. No tensor is whole on more hosts, or more often, than it must be.
+A process keeps the parts of tensors that its devices hold and no others. Where a matrix is split by
+columns, which is how its Hugging Face form sees `fsdp`, the pages of the file that it reads for
+that are all of them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,39 +19,18 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from p2r_jax.ops.kernels import Implementation, Kernels
 from p2r_jax.parallel.mesh import parameter_shardings
-from p2r_jax.parallel.multihost import any_process, is_main, on_main, to_one
-from p2r_jax.qwen3_vl.arrays import array_types, restore_arrays, save_arrays
+from p2r_jax.parallel.multihost import on_main
+from p2r_jax.qwen3_vl.arrays import array_types_of, restore_array, save_array
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
+from p2r_jax.qwen3_vl.export import MAX_SHARD_BYTES, export, write_config
 from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.qwen3_vl.names import Parameter, flat_state, parameters
+from p2r_jax.qwen3_vl.new_folder import new_folder
 from p2r_jax.qwen3_vl.progress import bytes_bar
-from p2r_jax.qwen3_vl.tensor_files import (
-    INDEX,
-    TensorFolder,
-    TensorShape,
-    TensorWriter,
-    split_in_files,
-)
+from p2r_jax.qwen3_vl.tensor_files import TensorFolder
 
-MAX_SHARD_BYTES = 5 * 10**9
-ARRAYS = "weights"
+ARRAYS = "jax_weights"
 """Folder of JAX arrays (orbax) that a converted checkpoint has in place of safetensors files."""
-CARRIED_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
-)
-"""What a checkpoint folder holds besides weights and config.json."""
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
 
@@ -128,12 +103,12 @@ def _read_arrays(
     path: Path, config: Qwen3VLConfig, like: Like, progress: bool
 ) -> Iterator[tuple[str, jax.Array]]:
     folder = path / ARRAYS
-    found = {name: x.shape for name, x in array_types(folder).items()}
+    found = {name: x.shape for name, x in array_types_of(folder).items()}
     check_contents(path, {name: x.shape for name, x in like.items()}, found)
     total = sum(map(_local_bytes, like.values()))
     with bytes_bar(f"loading {path.name}", total, progress) as advance:
         for name, x in like.items():
-            yield name, restore_arrays(folder, {name: x})[name]
+            yield name, restore_array(folder, name, x)
             advance(_local_bytes(x))
 
 
@@ -170,9 +145,15 @@ def _same(folder: TensorFolder, a: str, b: str, rows: int = 4096) -> bool:
 
 
 def check_contents(
-    path: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    path: Path,
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    config: str = "its",
 ) -> None:
-    """Raise ValueError with everything that is missing, unexpected and of another shape."""
+    """Raise ValueError with everything that is missing, unexpected and of another shape.
+
+    config: whose config.json says what is wanted.
+    """
     problems = [f"missing: {n}" for n in sorted(wanted.keys() - found.keys())]
     problems += [f"unexpected: {n}" for n in sorted(found.keys() - wanted.keys())]
     problems += [
@@ -183,7 +164,9 @@ def check_contents(
     if problems:
         more = [f"... and {len(problems) - 40} more"] if len(problems) > 40 else []
         shown = "\n  ".join(problems[:40] + more)
-        raise ValueError(f"{path} does not match its config.json ({len(problems)}):\n  {shown}")
+        raise ValueError(
+            f"{path} does not match {config} config.json ({len(problems)}):\n  {shown}"
+        )
 
 
 def _local_bytes(like: jax.ShapeDtypeStruct) -> int:
@@ -212,8 +195,8 @@ def save_pretrained(
     files_from: a checkpoint folder whose tokenizer, chat template, processor and generation files
     are carried along. overwrite: replace a folder that is there. progress: show a bar. Several
     processes write the files between them. Written beside the target and renamed, so a killed
-    export never looks whole. Raises FileExistsError if `path` exists and OSError if a process
-    cannot write.
+    export never looks whole. Raises FileExistsError if `path` exists, OSError if a process cannot
+    write, and ValueError for types that cannot be written.
     """
     flat = flat_state(nnx.state(model, nnx.Param))
     export(
@@ -229,142 +212,20 @@ def save_pretrained(
     )
 
 
-def export(
-    config: Qwen3VLConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    value: Callable[[str], jax.Array],
-    path: str | Path,
-    *,
-    files_from: str | Path | None = None,
-    dtype: Any = "bfloat16",
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    overwrite: bool = False,
-    progress: bool = False,
+def convert_to_arrays(
+    source: Path, out: Path, dtype: Any = "bfloat16", progress: bool = False
 ) -> None:
-    """`save_pretrained` for parameters that are fetched one at a time: value("lm_head"), say."""
-    path, dtype = Path(path), np.dtype(dtype)
-    wanted = parameters(config, dict(shapes))
-    tensors = [(name, p.hf_shape) for p in wanted for name in p.names]
-    total = sum(math.prod(shape) for _, shape in tensors) * dtype.itemsize
-    # Enough files for every process to have one.
-    most = min(max_shard_bytes, -(-total // jax.process_count()))
-    files = split_in_files(tensors, dtype.itemsize, most)
-    with written_at_once(path, files_from, overwrite) as folder:
-        out = _Files(folder, files, dtype)
-        failure: OSError | None = None
-        with bytes_bar(f"writing {path.name}", total, progress) as advance:
-            for p in wanted:
-                stored = value(p.path)
-                for layer, name in enumerate(p.names):
-                    mine = out.is_mine(name)
-                    tensor = to_one(_one(stored, layer if p.stacked else None, dtype), here=mine)
-                    if tensor is not None and failure is None:
-                        try:
-                            out.write(name, p.to_hf(tensor))
-                        except OSError as error:
-                            failure = error  # The others still need this process to fetch theirs.
-                    advance(math.prod(p.hf_shape) * dtype.itemsize)
-                if failure is not None and jax.process_count() == 1:
-                    break
-        out.close(whole=failure is None)
-        if any_process(failure is not None):
-            raise failure or OSError(f"another process could not write its part of {path}")
-        if is_main():
-            out.write_index(total)
-            write_config(config, folder, dtype)
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _one(stored: jax.Array, layer: int | None, dtype: Any) -> jax.Array:
-    """One layer, rounded before it travels. The layer is traced: one program serves them all."""
-    return (stored if layer is None else stored[layer]).astype(dtype)
-
-
-class _Files:
-    """The safetensors files of an export, of which each process writes every so many."""
-
-    def __init__(self, folder: Path, files: list[list[TensorShape]], dtype: np.dtype):
-        count = len(files)
-        self.folder, self.files, self.dtype = folder, files, dtype
-        self.names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if count == 1:
-            self.names = ["model.safetensors"]
-        self.file_of = {name: i for i, held in enumerate(files) for name, _ in held}
-        self.current = -1
-        self.writer: TensorWriter | None = None
-
-    def is_mine(self, name: str) -> bool:
-        return self.file_of[name] % jax.process_count() == jax.process_index()
-
-    def write(self, name: str, tensor: np.ndarray) -> None:
-        """In the order of the files."""
-        number = self.file_of[name]
-        if number != self.current:
-            self.close()
-            self.current = number
-            file = self.folder / self.names[number]
-            self.writer = TensorWriter(file, self.files[number], self.dtype)
-        assert self.writer is not None
-        self.writer.write(tensor)
-
-    def close(self, whole: bool = True) -> None:
-        if self.writer is not None:
-            self.writer.close(whole)
-            self.writer = None
-
-    def write_index(self, total: int) -> None:
-        """What says where each tensor is, if there are several files."""
-        if len(self.files) > 1:
-            weight_map = {name: self.names[i] for name, i in self.file_of.items()}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2))
-
-
-def save_converted(
-    model: Qwen3VL, path: str | Path, *, files_from: str | Path | None = None
-) -> None:
-    """Write a folder that `load_pretrained` reads, with the weights as JAX arrays on disk, of the
-    dtype they have. Raises as `save_pretrained` does."""
-    path = Path(path)
-    values = {n: x.get_value() for n, x in flat_state(nnx.state(model, nnx.Param)).items()}
-    with written_at_once(path, files_from, overwrite=False) as folder:
-        save_arrays(folder / ARRAYS, values)
-        if is_main():
-            write_config(model.config, folder, next(iter(values.values())).dtype)
-
-
-def write_config(config: Qwen3VLConfig, folder: Path, dtype: np.dtype) -> None:
-    """config.json in the form of transformers 4.57."""
-    (folder / "config.json").write_text(json.dumps(config.to_hf(str(dtype)), indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def written_at_once(path: Path, files_from: str | Path | None, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `path` to write to, for all processes, that becomes `path` at the end."""
-    temporary, old = (path.parent / f".{path.name}.{end}" for end in ("partial", "old"))
-
-    def begin() -> None:
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists: choose another folder or delete it first")
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def finish() -> None:
-        for file in sorted(Path(files_from).iterdir()) if files_from is not None else ():
-            if file.name in CARRIED_FILES:
-                shutil.copyfile(file, temporary / file.name)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-
-    on_main(begin)
-    try:
-        yield temporary
-        any_process(False)  # All have written.
-        on_main(finish)
-    except BaseException:
-        if is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    """A Hugging Face folder as one that `load_pretrained` reads too, with the weights as JAX arrays
+    on disk. One parameter is in memory at a time. Raises as `load_pretrained` and
+    `save_pretrained` do."""
+    config = Qwen3VLConfig.from_pretrained(source)
+    shapes = flat_state(nnx.state(abstract_model(config), nnx.Param))
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    like = {
+        name: jax.ShapeDtypeStruct(x.shape, np.dtype(dtype), sharding=device)
+        for name, x in shapes.items()
+    }
+    with new_folder(out, source) as folder:
+        for name, value in _read_safetensors(source, config, like, progress):
+            save_array(folder / ARRAYS, name, value)
+        on_main(lambda: write_config(config, folder, np.dtype(dtype)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -34,5 +35,5 @@ def bytes_bar(what: str, total: int, shown: bool) -> Iterator[Callable[[int], No
         TimeRemainingColumn(),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(escape(what), total=total)
         yield lambda done: bar.advance(task, done)

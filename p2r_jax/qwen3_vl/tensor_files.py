@@ -48,7 +48,9 @@ class TensorFolder:
         self._handle: Any = None
         self._mapped = 0
         strange = []
-        for file in _files(path):
+        files = _files(path)
+        self._seen = {file: _identity(file) for file in files}
+        for file in files:
             handle = self._open(file)
             for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 canonical = canonical_name(name)
@@ -89,6 +91,11 @@ class TensorFolder:
         if file != self._file:
             self.close()
             try:
+                if _identity(file) != self._seen[file]:
+                    raise ValueError(
+                        f"{file} changed while it was read: something writes to this folder. Read "
+                        "it again"
+                    )
                 self._handle = safe_open(file, framework="numpy")
             except SafetensorError as error:
                 raise ValueError(
@@ -98,14 +105,19 @@ class TensorFolder:
         return self._handle
 
 
+def _identity(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _files(path: Path) -> list[Path]:
     index = path / INDEX
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
-        outside = [name for name in names if Path(name).name != name]
         if outside:
             raise ValueError(f"{index} names files outside of its folder: {outside}")
         gone = [str(path / name) for name in names if not (path / name).is_file()]

@@ -229,8 +229,11 @@ class SavedWeights:
     def find(cls, path: Path, step: int | None = None) -> SavedWeights | None:
         """Of a run folder (its newest checkpoint, or that of `step`) or a checkpoint's own folder;
         None for any other folder. Raises ValueError for a step that there is not."""
-        folder = path / "checkpoints"
+        path = path.resolve()
+        folder = path if path.name == "checkpoints" else path / "checkpoints"
         if (path / "meta").is_dir() and path.name.isdigit():
+            if step not in (None, int(path.name)):
+                raise ValueError(f"{path} is the checkpoint of step {path.name}, not of {step}")
             found = path
         elif folder.is_dir():
             steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
@@ -244,7 +247,10 @@ class SavedWeights:
             meta = json.loads((found / "meta" / "metadata").read_text())
             return cls(int(found.name), found / "state", meta["settings"]["model"]["path"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{found} is not a whole checkpoint: {error!r}") from error
+            others = sorted(int(p.name) for p in found.parent.iterdir() if p.name.isdigit())
+            raise ValueError(
+                f"{found} is not a whole checkpoint of a run: {error!r}; there are {others}"
+            ) from error
 
 
 def environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 import time
@@ -12,15 +13,14 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 
-from p2r_jax.qwen3_vl.arrays import array_types, restore_arrays
+from p2r_jax.qwen3_vl.arrays import array_types, array_types_of, restore_array, restore_arrays
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
+from p2r_jax.qwen3_vl.export import export
 from p2r_jax.qwen3_vl.hf import (
     ARRAYS,
     abstract_model,
     check_contents,
-    export,
-    load_pretrained,
-    save_converted,
+    convert_to_arrays,
 )
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.names import flat_state
@@ -28,18 +28,15 @@ from p2r_jax.rl.checkpointing import PARAMS, SavedWeights
 
 
 def from_hf(source: Path, out: Path, dtype: str = "bfloat16") -> None:
-    """Hugging Face folder to one with JAX arrays, which hosts of a pod read faster.
+    """Hugging Face folder to one with JAX arrays, in parts that hosts read on their own.
 
     Raises ValueError or OSError before anything is written, or leaving nothing behind.
     """
-    console, begin = Console(highlight=False, soft_wrap=True), time.perf_counter()
-    if out.exists():
-        raise FileExistsError(f"{out} exists: choose another folder or delete it first")
+    console, begin = _console(), time.perf_counter()
+    source = locate_checkpoint(source)
     if (source / ARRAYS).is_dir():
         raise ValueError(f"{source} was converted already: give it to --model.path as it is")
-    model = load_pretrained(source, dtype=dtype, kernels="xla", progress=True)
-    console.print(f"writing {out} …")
-    save_converted(model, out, files_from=source)
+    convert_to_arrays(source, out, dtype, progress=True)
     _report(out, begin, console)
 
 
@@ -56,32 +53,40 @@ def to_hf(
     checkpoint. files_from: the checkpoint that the run started from, if it is no longer where it
     was. Raises ValueError or OSError naming what cannot be used.
     """
-    console, begin = Console(highlight=False, soft_wrap=True), time.perf_counter()
+    console, begin = _console(), time.perf_counter()
     saved = SavedWeights.find(source, step)
+    converted = source / ARRAYS
     if saved is not None:
         folder, base = saved.folder, files_from or _base(saved)
         console.print(f"weights of step {saved.step}; config and tokenizer of {base}")
-    elif (source / ARRAYS).is_dir():
-        folder, base = source / ARRAYS, files_from or source
+        found = array_types(folder, (PARAMS,))
+    elif converted.is_dir() and step is None:
+        folder, base = converted, files_from or source
+        found = array_types_of(folder)
     else:
         raise ValueError(
             f"{source} is neither a run folder, nor one of its checkpoints, nor a folder that "
-            "`p2r convert from-hf` wrote"
+            "`p2r convert from-hf` wrote" + (" (which has no --step)" if step is not None else "")
         )
-    within = (PARAMS,) if saved is not None else ()
     config = Qwen3VLConfig.from_pretrained(base)
     flat = flat_state(nnx.state(abstract_model(config), nnx.Param))
     shapes = {name: tuple(x.shape) for name, x in flat.items()}
-    found = array_types(folder, within)
-    check_contents(folder, shapes, {name: x.shape for name, x in found.items()})
+    check_contents(folder, shapes, {name: x.shape for name, x in found.items()}, str(base))
     device = SingleDeviceSharding(jax.local_devices()[0])
 
+    @functools.lru_cache(maxsize=1)
     def value(name: str) -> jax.Array:
         like = jax.ShapeDtypeStruct(shapes[name], found[name].dtype, sharding=device)
-        return restore_arrays(folder, {name: like}, within)[name]
+        if saved is None:
+            return restore_array(folder, name, like)
+        return restore_arrays(folder, {name: like}, (PARAMS,))[name]
 
     export(config, shapes, value, out, files_from=base, dtype=dtype, progress=True)
     _report(out, begin, console)
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def _base(saved: SavedWeights) -> Path:

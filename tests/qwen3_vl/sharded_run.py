@@ -28,7 +28,7 @@ from p2r_jax.parallel.multihost import put, start
 from p2r_jax.qwen3_vl import Qwen3VL, Qwen3VLConfig, load_pretrained, save_pretrained
 from p2r_jax.qwen3_vl.hf import abstract_model
 from p2r_jax.qwen3_vl.inputs import Prompts
-from p2r_jax.qwen3_vl.tensor_files import TensorFolder
+from p2r_jax.qwen3_vl.tensor_files import TensorFolder, TensorWriter
 from tests.small_model import make_prompts
 
 NAMES = (
@@ -149,6 +149,17 @@ def main(folder: str, out: str, process: str, processes: str, port: str) -> None
             dtype="float32",
             max_shard_bytes=SHARD_BYTES,
         )
+    # One process cannot write: both say so, nobody waits, and nothing is left.
+    if process == "1":
+        TensorWriter.write = _disk_full  # type: ignore[method-assign]
+    try:
+        save_pretrained(model, Path(out, "full"), files_from=folder, max_shard_bytes=SHARD_BYTES)
+    except OSError as error:
+        Path(out, f"full_{process}.txt").write_text(str(error))
+
+
+def _disk_full(*_: object) -> None:
+    raise OSError("disk full")
 
 
 if __name__ == "__main__":

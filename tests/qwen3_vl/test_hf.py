@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -160,6 +161,15 @@ class TestShards:
         for name, value in tensors_of(pair.model).items():
             np.testing.assert_array_equal(ours[name], value)
 
+    def test_files_that_change_while_they_are_read_are_noticed(self, pairs, tmp_path):
+        folder = shutil.copytree(pairs["compact"].folder, tmp_path / "out")
+        reading = TensorFolder(folder)
+        reading.close()  # As it does now and then, to give memory back.
+        shutil.copy(folder / "model.safetensors", tmp_path / "new")
+        os.replace(tmp_path / "new", folder / "model.safetensors")
+        with pytest.raises(ValueError, match="changed while it was read"):
+            reading.read("model.language_model.norm.weight")
+
     def test_a_missing_shard_is_named(self, pairs, tmp_path):
         out = tmp_path / "out"
         save_pretrained(pairs["compact"].model, out, max_shard_bytes=200_000)
@@ -194,6 +204,64 @@ class TestSaving:
         save_pretrained(pairs["compact"].model, out, overwrite=True)
         assert (out / "model.safetensors").stat().st_size < len(before)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    @pytest.mark.parametrize("moment", ["between the renames", "before the second one"])
+    def test_a_kill_while_it_is_replaced_loses_nothing(self, pairs, tmp_path, monkeypatch, moment):
+        model, out = pairs["compact"].model, tmp_path / "out"
+        save_pretrained(model, out, dtype="float32")
+        before = (out / "model.safetensors").read_bytes()
+        replace, killed = os.replace, []
+
+        def dying(source, target):
+            if Path(target) == out and Path(source).name.endswith(".partial"):
+                killed.append(target)
+                raise KeyboardInterrupt
+            if killed and moment == "between the renames":
+                raise SystemExit  # Nothing runs any more.
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying)
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                save_pretrained(model, out, overwrite=True)
+        assert killed
+        # Whatever is left, a next call that fails too must not cost the old export.
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorWriter, "write", _disk_full)
+            with pytest.raises(OSError, match="disk full"):
+                save_pretrained(model, out, overwrite=True)
+        assert (out / "model.safetensors").read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_a_link_stays_a_link(self, pairs, tmp_path):
+        big, link = tmp_path / "big", tmp_path / "out"
+        save_pretrained(pairs["compact"].model, big, dtype="float32")
+        link.symlink_to(big)
+        size = (big / "model.safetensors").stat().st_size
+        for _ in range(2):
+            save_pretrained(pairs["compact"].model, link, overwrite=True)
+        assert link.is_symlink()
+        assert (big / "model.safetensors").stat().st_size < size
+        assert {path.name for path in tmp_path.iterdir()} == {"big", "out"}
+
+    def test_a_file_in_its_place_is_not_replaced(self, pairs, tmp_path):
+        (tmp_path / "out").write_text("mine")
+        with pytest.raises(FileExistsError):
+            save_pretrained(pairs["compact"].model, tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out").read_text() == "mine"
+
+    def test_what_cannot_be_carried_along_is_known_before_the_work(
+        self, pairs, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(TensorWriter, "write", None)
+        with pytest.raises(FileNotFoundError, match="gone"):
+            save_pretrained(pairs["compact"].model, tmp_path / "out", files_from=tmp_path / "gone")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_type_that_cannot_be_written_is_named(self, pairs, tmp_path):
+        with pytest.raises(ValueError, match=r"written as int8: choose one of .*bfloat16"):
+            save_pretrained(pairs["compact"].model, tmp_path / "out", dtype="int8")
+        assert list(tmp_path.iterdir()) == []
 
     def test_what_a_killed_export_left_is_in_nobodys_way(self, pairs, tmp_path):
         left = tmp_path / ".out.partial"
@@ -342,10 +410,18 @@ class TestRefusals:
         with pytest.raises(ValueError, match=rf"{file.name} is damaged.*get it again"):
             load_pretrained(file.parent)
 
-    @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-    def test_json_that_is_cut_off_is_named(self, editable, name):
+    @pytest.mark.parametrize(
+        "name, text",
+        [
+            ("config.json", '{"model_type": "qwen3'),
+            ("model.safetensors.index.json", '{"weight_map"'),
+            ("model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
+            ("model.safetensors.index.json", "[]"),
+        ],
+    )
+    def test_json_that_is_damaged_is_named(self, editable, name, text):
         folder = editable(lambda tensors: None)
-        (folder / name).write_text('{"model_type": "qwen3')
+        (folder / name).write_text(text)
         with pytest.raises(ValueError, match=re.escape(name)):
             load_pretrained(folder)
 

@@ -262,3 +262,10 @@ class TestTwoProcesses:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_if_one_cannot_write_both_say_so_and_nothing_is_left(two_processes):
+    said = [(two_processes / f"full_{i}.txt").read_text() for i in (0, 1)]
+    assert "another process could not write its part" in said[0]
+    assert said[1] == "disk full"
+    assert not [path for path in two_processes.iterdir() if path.name in ("full", ".full.partial")]

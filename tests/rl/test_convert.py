@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from p2r_jax import cli
 from p2r_jax import config as cfg
 from p2r_jax.parallel.mesh import make_mesh
-from p2r_jax.qwen3_vl import load_pretrained
-from p2r_jax.qwen3_vl.hf import CARRIED_FILES
+from p2r_jax.qwen3_vl import arrays, load_pretrained
+from p2r_jax.qwen3_vl.new_folder import CARRIED_FILES
 from p2r_jax.qwen3_vl.tensor_files import TensorWriter
 from p2r_jax.rl import convert as module
 from p2r_jax.rl.checkpointing import Checkpoints
@@ -78,7 +78,7 @@ class TestFromHuggingFace:
         carried = {f.name for f in tiny_checkpoint.iterdir() if f.name in CARRIED_FILES}
         assert carried
         held = {f.name for f in converted.iterdir()}
-        assert held == carried | {"config.json", "weights"}
+        assert held == carried | {"config.json", "jax_weights"}
 
     def test_there_and_back_is_the_same_file(self, converted, tiny_checkpoint, tmp_path):
         assert run("to-hf", converted, tmp_path / "back", "--dtype", "float32") == 0
@@ -91,6 +91,33 @@ class TestFromHuggingFace:
         (folder / "config.json").write_text(json.dumps(raw))
         with pytest.raises(ValueError, match=r"shape of language_model\.layers\.down_proj"):
             load_pretrained(folder)
+
+    @pytest.mark.parametrize("damage", ["cut", "gone"])
+    def test_a_damaged_folder_is_named(self, converted, tmp_path, capsys, damage):
+        folder = shutil.copytree(converted, tmp_path / "damaged")
+        files = [f for f in (folder / "jax_weights").rglob("*") if f.is_file() and "d" in f.parts]
+        largest = max(files, key=lambda f: f.stat().st_size)
+        if damage == "gone":
+            largest.unlink()
+        else:
+            largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+        name = largest.relative_to(folder / "jax_weights").parts[0]
+        assert run("to-hf", folder, tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert name in error
+        assert "is damaged" in error or "can be read" in error
+        assert not (tmp_path / "out").exists()
+
+    def test_large_arrays_are_kept_in_parts(self, tmp_path, monkeypatch):
+        """Whole ones would be read, and decompressed, by every host."""
+        monkeypatch.setattr(arrays, "CHUNK_BYTES", 2**16)
+        value = jax.random.normal(jax.random.key(0), (8, 64, 256))
+        arrays.save_array(tmp_path, "kernel", value)
+        (described,) = (tmp_path / "kernel").rglob("array_metadatas/*")
+        (found,) = json.loads(described.read_text())["array_metadatas"]
+        assert np.prod(found["array_metadata"]["chunk_shape"]) * 4 <= 2**16
+        like = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
+        np.testing.assert_array_equal(arrays.restore_array(tmp_path, "kernel", like), value)
 
     def test_converting_twice_says_what_to_do(self, converted, tmp_path, capsys):
         assert run("from-hf", converted, tmp_path / "again") == 2
@@ -136,6 +163,12 @@ class TestToHuggingFace:
         monkeypatch.setattr(module, "restore_arrays", restore)
         assert run("to-hf", trained, tmp_path / "out") == 0
         assert {group for group, _ in names} == {"params"}
+
+    def test_a_step_belongs_to_a_run(self, trained, converted, tmp_path, capsys):
+        assert run("to-hf", trained / "checkpoints" / "3", tmp_path / "out", "--step", 5) == 2
+        assert "checkpoint of step 3, not of 5" in capsys.readouterr().err
+        assert run("to-hf", converted, tmp_path / "out", "--step", 5) == 2
+        assert "has no --step" in capsys.readouterr().err
 
     def test_a_step_that_is_not_there_is_named(self, trained, tmp_path, capsys):
         assert run("to-hf", trained, tmp_path / "out", "--step", 4) == 2
