@@ -23,7 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="p2r", description="Perceive-to-Reason in JAX")
     commands = parser.add_subcommands(required=True, dest="command")
     for name, (build, _, help_text) in COMMANDS.items():
-        commands.add_subcommand(name, build(), help=help_text)
+        subparser = build()
+        commands.add_subcommand(name, subparser, help=help_text)
+        if name == "data":  # levels of subcommands are added from the top
+            _add_data_actions(subparser)
     parsed = parser.parse_args(argv)
     from p2r_jax.data.rows import RowError
     from p2r_jax.data.sources import SourceError
@@ -173,13 +176,52 @@ def _report_parser() -> ArgumentParser:
     parser = ArgumentParser()
     parser.add_argument("run", type=str, help="run folder")
     parser.add_argument("--out", type=str | None, default=None, help="default: RUN/report.html")
+    parser.add_argument(
+        "--against",
+        type=str | None,
+        default=None,
+        help="another run folder: marks what RUN gains and harms against it",
+    )
     return parser
 
 
 def _report(args: Namespace) -> None:
     from p2r_jax.evals.report import write_report
 
-    print(write_report(Path(args.run), Path(args.out) if args.out else None))
+    out, against = (Path(path) if path else None for path in (args.out, args.against))
+    print(write_report(Path(args.run), out, against=against))
+
+
+def _score_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("file", type=str, help="records: OUT/eval/NAME.jsonl")
+    parser.add_argument(
+        "--against",
+        type=str | None,
+        default=None,
+        help="records of another run; a gain is wrong there and right here",
+    )
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        default=None,
+        help="folder for JSON and CSV; default: FILE/../score",
+    )
+    parser.add_argument(
+        "--mode", type=str, nargs="+", default=[], help="modes to score; default: all"
+    )
+    return parser
+
+
+def _score(args: Namespace) -> None:
+    from p2r_jax.evals.score import score_file
+
+    score_file(
+        Path(args.file),
+        Path(args.against) if args.against else None,
+        Path(args.out) if args.out else None,
+        args.mode,
+    )
 
 
 def _sft_parser() -> ArgumentParser:
@@ -226,7 +268,12 @@ def _convert_parser() -> ArgumentParser:
         "from-hf wrote",
     )
     parser.add_argument("out", type=str, help="folder to write")
-    parser.add_argument("--dtype", type=Literal["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["bfloat16", "float32"],
+        default="bfloat16",
+        help="what the weights are written in, whatever they are read in",
+    )
     parser.add_argument(
         "--step", type=int | None, default=None, help="to-hf: checkpoint of a run; default, newest"
     )
@@ -272,6 +319,95 @@ def _prompts(args: Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def _data_parser() -> ArgumentParser:
+    return ArgumentParser()
+
+
+def _add_data_actions(parser: ArgumentParser) -> None:
+    actions = parser.add_subcommands(required=True, dest="action")
+
+    prepare = ArgumentParser()
+    prepare.add_argument(
+        "name",
+        type=str,
+        help="vstar, hrbench_4k, hrbench_8k, mme_realworld, mme_realworld_lite, p2r_10k, or a name "
+        "of your own for a .jsonl or .parquet file of rows or a folder with test_questions.jsonl",
+    )
+    prepare.add_argument("--source", type=str, required=True, help="downloaded folder, or a file")
+    prepare.add_argument("--out", type=str, default="data", help="writes OUT/NAME")
+    prepare.add_argument("--limit", type=int | None, default=None, help="only the first N records")
+    prepare.add_argument(
+        "--max_bad_fraction", type=float, default=0.01, help="more bad rows than this are an error"
+    )
+    actions.add_subcommand("prepare", prepare, help="from downloaded files to a prepared dataset")
+
+    show = ArgumentParser()
+    show.add_argument("source", type=str, help="name or path, as for `p2r eval --benchmark`")
+    show.add_argument("--folder", type=str, default="data", help="where benchmarks were prepared")
+    show.add_argument("--index", type=int | None, default=None, help="only this row, from 0")
+    show.add_argument("--limit", type=int, default=5, help="the first N rows")
+    show.add_argument(
+        "--out", type=str | None, default=None, help="folder for pictures with the true boxes"
+    )
+    actions.add_subcommand("show", show, help="print rows and draw their true boxes")
+
+    build = ArgumentParser()
+    build.add_argument("kind", choices=["visual-search"], help="what to build")
+    build.add_argument("--photos", type=str, required=True, help="folder of photographs")
+    build.add_argument("--objects", type=str, required=True, help="folder of named cut-outs")
+    build.add_argument("--out", type=str, required=True, help="folder to write")
+    build.add_argument("--size", type=Literal["2k", "4k", "8k"], default="4k")
+    build.add_argument("--count", type=int, default=200, help="questions")
+    build.add_argument("--seed", type=int, default=0)
+    actions.add_subcommand("build", build, help="compose a benchmark from your own photographs")
+
+
+def _data(args: Namespace) -> None:
+    given = args[args.action]
+    if args.action == "prepare":
+        _data_prepare(given)
+    elif args.action == "show":
+        _data_show(given)
+    else:
+        from p2r_jax.data.compose import build_visual_search
+
+        build_visual_search(
+            Path(given.photos),
+            Path(given.objects),
+            Path(given.out),
+            size=given.size,
+            count=given.count,
+            seed=given.seed,
+        )
+
+
+def _data_prepare(args: Namespace) -> None:
+    from p2r_jax.data.prepare import prepare
+
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, is {args.limit}")
+    prepare(
+        args.name,
+        Path(args.source),
+        Path(args.out),
+        limit=args.limit,
+        max_bad_fraction=args.max_bad_fraction,
+    )
+
+
+def _data_show(args: Namespace) -> None:
+    from p2r_jax.data.prepared import BENCHMARKS
+    from p2r_jax.data.sources import load_source
+    from p2r_jax.evals.show_rows import show_rows
+
+    options = {"folder": args.folder} if args.source in BENCHMARKS else {}
+    source = load_source(args.source, **options)
+    if args.index is not None and not 0 <= args.index < len(source):
+        raise ValueError(f"--index must be 0 to {len(source) - 1}, is {args.index}")
+    shown = range(min(args.limit, len(source))) if args.index is None else [args.index]
+    show_rows(source, shown, Path(args.out) if args.out else None)
+
+
 def _probe_parser() -> ArgumentParser:
     parser = ArgumentParser()
     parser.add_argument("--steps", type=int, default=800)
@@ -313,8 +449,10 @@ COMMANDS: dict[str, tuple[Any, Any, str]] = {
     "eval": (_eval_parser, _eval, "evaluate weights on a benchmark"),
     "ask": (_ask_parser, _ask, "ask one question about one image"),
     "convert": (_convert_parser, _convert, "weights to and from Hugging Face folders"),
+    "score": (_score_parser, _score, "score saved answers again, compare runs and modes"),
     "report": (_report_parser, _report, "one HTML page of a run"),
     "sft": (_sft_parser, _sft, "make the embedded tiny checkpoint"),
+    "data": (_data_parser, _data, "prepare datasets, look at them, compose your own"),
     "prompts": (_prompts_parser, _prompts, "import a prompt set"),
     "scene": (_scene_parser, _scene, "draw a scene of the procedural task and ask about it"),
     "probe": (_probe_parser, _probe, "prove that visual_search needs the crop"),

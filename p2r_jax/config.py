@@ -427,10 +427,22 @@ class EvalConfig:
     model: str = "tiny"
     """A Hugging Face checkpoint folder, a run folder (its export), or `tiny`."""
     benchmark: str = "visual_search"
-    """`visual_search`, or a .jsonl / .parquet file of rows."""
+    """`visual_search`, a benchmark that `p2r data prepare` made (vstar, hrbench_4k, ...), or a
+    .jsonl / .parquet file of rows."""
+    data: str = "data"
+    """Folder of the prepared benchmarks."""
+    preset: Literal["ours", "authors"] = "ours"
+    """Where pixel budget, lengths and penalty below are null. `ours`: the budget of the run or
+    checkpoint, no penalty. `authors`: what the published numbers were made with, 16384 to 4194304
+    pixels an image, a repetition penalty of 1.05, questions worded as in their code."""
     split: Literal["train", "validation", "test"] = "test"
     modes: list[str] = field(default_factory=lambda: ["default", "p2r", "oracle_box", "random_box"])
-    """default (direct answer), baseline, p2r, oracle_box (true boxes), random_box."""
+    """default (direct answer), baseline (or thinking), p2r, oracle_box (true boxes), random_box,
+    shuffled_box, grid, annotated_only, crops_only; with options, such as `p2r:crops=1` or
+    `p2r:padding=0,crops=5`."""
+    samples: int = 0
+    """Answers to each question, drawn at `temperature`, for maj@k and pass@k; 0 = one, greedy."""
+    temperature: float = 1.0
     prompts: str | None = None
     """As `model.prompts` of training."""
     limit: int | None = None
@@ -442,13 +454,16 @@ class EvalConfig:
     out: str = "runs/eval"
     """Folder for `eval/<name>.jsonl` (every sample) and `eval/<name>.json` (the summary)."""
     name: str = "eval"
+    resume: bool = False
+    """Go on with the records that OUT/eval/NAME.jsonl holds; without it, an evaluation that was not
+    finished is refused and a finished one is made again."""
     pictures: int = 60
     """Samples whose picture is saved for the report."""
     perceiver_max_new_tokens: int = 256
     reasoner_max_new_tokens: int = 1024
     direct_max_new_tokens: int = 16
-    repetition_penalty: float = 1.0
-    """On tokens of the prompt and the completion; the authors evaluate with 1.05."""
+    repetition_penalty: float | None = None
+    """On tokens of the prompt and the completion; null = by the preset."""
     penalize_prompt: bool = True
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -467,8 +482,10 @@ class EvalConfig:
         for name in ("batch", *caps):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.repetition_penalty <= 0:
+        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if self.samples < 0 or (self.samples and self.temperature <= 0):
+            raise ValueError("samples must be at least 0, and temperature above 0 to draw them")
         self.verifier.validate()
         if self.buckets is not None:
             self.buckets.validate()

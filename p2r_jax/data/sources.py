@@ -1,4 +1,4 @@
-"""Sources of rows by name: the procedural task, JSON-lines files and parquet files.
+"""Sources of rows by name: the procedural task, prepared benchmarks, JSON lines and parquet.
 
 A source is anything with `__len__` and `__getitem__(int) -> Row` that can be pickled, so it goes
 into `grain.MapDataset.source` as it is.  Files are checked once, in full, when opened: a bad row
@@ -58,13 +58,17 @@ def load_source(name: str | os.PathLike[str], **options: Any) -> Source:
     """Opens a source of rows.
 
     Args:
-      name: "visual_search", or the path of a `.jsonl` or `.parquet` file.
+      name: "visual_search", a benchmark that was prepared ("vstar", "hrbench_4k", ...: see
+        `prepared.BENCHMARKS`), or the path of a prepared dataset or of a `.jsonl` or `.parquet`
+        file.
       **options: for "visual_search" the arguments of `VisualSearch` (`config` may be a dict), for
-        files those of `open_file`.
+        benchmarks `folder`, where they were prepared, for files those of `open_file`.
 
     Raises:
       SourceError: unknown name, missing file, unknown option, or too many bad rows.
     """
+    from p2r_jax.data.prepared import BENCHMARKS, PreparedSource, is_prepared, open_benchmark
+
     kind = "visual_search" if name == "visual_search" else Path(name).suffix
     try:
         if kind == "visual_search":
@@ -73,11 +77,18 @@ def load_source(name: str | os.PathLike[str], **options: Any) -> Source:
             return VisualSearch(**options)
         if kind in (".jsonl", ".parquet"):
             return open_file(name, **options)
+        for checked in ("max_bad_fraction", "bad_rows"):
+            options.pop(checked, None)  # That was settled when the dataset was prepared.
+        if name in BENCHMARKS:
+            return open_benchmark(str(name), **options)
+        if is_prepared(Path(name)):
+            return PreparedSource(name, **options)
     except TypeError as error:
         raise SourceError(f"source {os.fspath(name)!r}: {error}") from error
     raise SourceError(
-        f"unknown source {os.fspath(name)!r}: use 'visual_search', or a path that ends in .jsonl or"
-        " .parquet"
+        f"unknown source {os.fspath(name)!r}: use 'visual_search', one of {', '.join(BENCHMARKS)}"
+        " once prepared (p2r data prepare), or the path of a prepared dataset or of a file that"
+        " ends in .jsonl or .parquet"
     )
 
 
@@ -112,7 +123,7 @@ def open_file(
         total += 1
         name = f"{path.name}:{number + 1}"
         try:
-            row = _row(record, name, path.parent)
+            row = file_row(record, name, path.parent)
             if row.id in ids:
                 raise RowError(row.id, "id", "another row has the same id")
             _check_image(row, check_images)
@@ -170,7 +181,7 @@ class FileSource:
     def __getitem__(self, index: int) -> Row:
         number = int(self.numbers[index])
         name = f"{self.path.name}:{number + 1}"
-        return _row(self.records.read(number), name, self.path.parent)
+        return file_row(self.records.read(number), name, self.path.parent)
 
 
 class _Records(Protocol):
@@ -273,7 +284,7 @@ def _import_parquet(path: Path) -> Any:
     return pyarrow.parquet
 
 
-def _row(record: dict[str, Any] | RowError, name: str, folder: Path) -> Row:
+def file_row(record: dict[str, Any] | RowError, name: str, folder: Path) -> Row:
     """The `Row` of a raw record; raises `RowError`."""
     if isinstance(record, RowError):
         raise record

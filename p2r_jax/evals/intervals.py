@@ -1,7 +1,13 @@
 """Proportions and paired differences with their uncertainty.
 
-Closed formulas on counts; nothing here knows what a record is.  The standard library is enough:
-tests compare with SciPy.
+Nothing here knows what a record is.  Tests compare with SciPy.
+
+Where values share a cluster (an image with several questions, a question in several rotations),
+the interval to read is the closed formula with n divided by the design effect; the bootstrap over
+clusters stands beside it.  Not the other way round: the percentile bootstrap is too narrow near 0
+and 1 with few clusters, and has no width at all at 100 %.  Simulated, four correlated answers a
+cluster, true accuracy 95 %: with 20 clusters 97 % and 73-87 % of intervals hold the truth, with 50
+they are 91-97 % and 86-95 %, with 200 both about 95 %.
 """
 
 from __future__ import annotations
@@ -11,6 +17,11 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+RESAMPLES = 2000
+"""Of a bootstrap."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +55,7 @@ class Accuracy:
         """
         n = len(correct)
         total = sum(correct)
-        effective = n / _design_effect(correct, clusters) if n and clusters is not None else n
+        effective = n / design_effect(correct, clusters) if n and clusters is not None else n
         low, high = wilson_interval(total * effective / n if n else 0, effective, confidence)
         return cls(total / n if n else None, low, high, n)
 
@@ -86,16 +97,75 @@ def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> tup
     return low, high
 
 
-def paired_interval(gain: int, harm: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def paired_interval(
+    gain: float, harm: float, n: float, confidence: float = 0.95
+) -> tuple[float, float]:
     """Interval of the paired difference (gain - harm) / n by Bonett and Price (2012).
 
     A Wald interval after one observation is added to each discordant cell; recommended by
-    Fagerland, Lydersen and Laake (2014) for its coverage from small n on.
+    Fagerland, Lydersen and Laake (2014) for its coverage from small n on.  Counts may be
+    fractional when n is an effective sample size.
     """
     p_gain, p_harm = (gain + 1) / (n + 2), (harm + 1) / (n + 2)
     centre = p_gain - p_harm
     half = _quantile(confidence) * math.sqrt((p_gain + p_harm - centre**2) / (n + 2))
     return max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def design_effect(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """Variance of the mean with clusters over its variance without, at least 1.
+
+    Equal values leave no variance to compare: clusters are then taken as fully correlated.
+    """
+    n = len(values)
+    mean = sum(values) / n
+    residuals: dict[Hashable, float] = defaultdict(float)
+    for value, cluster in zip(values, clusters, strict=True):
+        residuals[cluster] += value - mean
+    count = len(residuals)
+    if count == n:
+        return 1.0
+    spread = sum((value - mean) ** 2 for value in values)
+    if count == 1 or spread < 1e-12 * n:
+        return n / count
+    return min(max(1.0, count / (count - 1) * sum(r * r for r in residuals.values()) / spread), n)
+
+
+def cluster_bootstrap(
+    values: Sequence[float],
+    clusters: Sequence[Hashable],
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of the mean when whole clusters are drawn with replacement.
+
+    Args:
+      values: one per record, such as verdicts or paired differences.
+      clusters: for each value the cluster that it is drawn with.
+      confidence: coverage of the interval.
+      resamples, seed: equal ones give an equal interval, in any order of the records.
+
+    Raises:
+      ValueError: no values.
+    """
+    if not len(values):
+        raise ValueError("a bootstrap needs at least one value")
+    numbers: dict[Hashable, int] = {}
+    index = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
+    totals = np.bincount(index, np.asarray(values, float), len(numbers))
+    sizes = np.bincount(index, minlength=len(numbers))
+    # Clusters with equal totals and sizes are one kind, and there are few kinds: how often each
+    # kind is drawn says all.
+    kinds, counts = np.unique(
+        np.stack([totals.round(9), sizes], axis=1), axis=0, return_counts=True
+    )
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(totals), counts / len(totals), size=resamples)
+    means = (drawn @ kinds[:, 0]) / (drawn @ kinds[:, 1])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def mcnemar_p(gain: int, harm: int) -> float:
@@ -110,20 +180,25 @@ def mcnemar_p(gain: int, harm: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def _design_effect(correct: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Variance of the mean with clusters over its variance without, at least 1."""
-    n = len(correct)
-    mean = sum(correct) / n
-    residuals: dict[Hashable, float] = defaultdict(float)
-    for verdict, cluster in zip(correct, clusters, strict=True):
-        residuals[cluster] += verdict - mean
-    count = len(residuals)
-    if count == n:
-        return 1.0
-    if mean in (0, 1) or count == 1:
-        return n / count  # No variance to compare: take clusters as fully correlated.
-    variance = count / (count - 1) * sum(r * r for r in residuals.values()) / n**2
-    return min(max(1.0, variance / (mean * (1 - mean) / n)), float(n))
+def sign_flip_p(differences: Sequence[int]) -> float:
+    """McNemar's test for clusters: exact two-sided p-value that two runs are exchangeable.
+
+    Args:
+      differences: gains minus harms of each cluster.  If the runs are alike, each is as likely with
+        the other sign, so p is the share of all sign patterns whose sum is as far from 0 as the
+        sum seen.  With one answer in each cluster this is `mcnemar_p`.
+
+    >>> sign_flip_p([4, 4, 4, -4]) == mcnemar_p(3, 1)
+    True
+    """
+    steps = [abs(d) for d in differences if d]
+    reach = sum(steps)
+    chances = np.zeros(2 * reach + 1)  # of each sum from -reach to reach
+    chances[reach] = 1
+    for step in steps:
+        chances = (np.roll(chances, step) + np.roll(chances, -step)) / 2
+    far = abs(np.arange(-reach, reach + 1)) >= abs(sum(differences))
+    return min(1.0, float(chances[far].sum()))
 
 
 def _quantile(confidence: float) -> float:

@@ -6,6 +6,10 @@ for (const bar of document.querySelectorAll(".filters")) {
   const cards = [...gallery.children];
   const words = new Map();
   const fields = [...bar.querySelectorAll("select")];
+  const has = (card, field, value) => {
+    const own = card.dataset[field.dataset.field];
+    return "many" in field.dataset ? JSON.parse(own || "[]").includes(value) : own === value;
+  };
   const search = bar.querySelector("[data-search]");
   const count = bar.querySelector("output");
   const empty = gallery.parentElement.querySelector(".empty");
@@ -14,12 +18,12 @@ for (const bar of document.querySelectorAll(".filters")) {
   let limit = page;
 
   const apply = () => {
-    const wanted = fields.filter((f) => f.value).map((f) => [f.dataset.field, f.value.slice(1)]);
+    const wanted = fields.filter((f) => f.value);
     const terms = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let matching = 0;
     for (const card of cards) {
       if (terms.length && !words.has(card)) words.set(card, card.textContent.toLowerCase());
-      const keep = wanted.every(([field, value]) => card.dataset[field] === value)
+      const keep = wanted.every((field) => has(card, field, field.value.slice(1)))
         && terms.every((term) => words.get(card).includes(term));
       matching += keep;
       card.hidden = !keep || matching > limit;
@@ -38,11 +42,45 @@ for (const bar of document.querySelectorAll(".filters")) {
     apply();
   });
   for (const field of fields) {
-    // "all" and one value: nothing to choose.
-    if (field.options.length < 3) field.parentElement.hidden = true;
+    // "all" and one value that every card has: nothing to choose.
+    const least = "many" in field.dataset ? 2 : 3;
+    if (field.options.length < least) field.parentElement.hidden = true;
   }
   apply();
 }
+
+// Pictures: text until a card that shows them comes near the window.
+const pictures = document.getElementById("pictures");
+const waiting = new Map();
+for (const text of document.querySelectorAll("template[data-picture]")) {
+  waiting.set(`#${text.dataset.picture}`, text);
+}
+const load = (card) => {
+  for (const use of card.querySelectorAll("use")) {
+    const text = waiting.get(use.getAttribute("href"));
+    if (!text) continue;
+    waiting.delete(use.getAttribute("href"));
+    const image = document.createElementNS(pictures.namespaceURI, "image");
+    image.setAttribute("width", text.dataset.width);
+    image.setAttribute("height", text.dataset.height);
+    image.setAttribute("href", text.content.textContent);
+    image.id = text.dataset.picture;
+    pictures.append(image);
+    text.remove();
+  }
+};
+const near = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    if (!entry.isIntersecting) continue;
+    near.unobserve(entry.target);
+    load(entry.target);
+  }
+}, { rootMargin: "800px" });
+const withPictures = document.querySelectorAll(".cards > *, .sample-groups > *");
+for (const card of withPictures) near.observe(card);
+addEventListener("beforeprint", () => {
+  for (const card of withPictures) if (!card.hidden) load(card);
+});
 
 // Pictures: a click shows the same drawing as large as the window allows.
 const zoom = document.getElementById("zoom");

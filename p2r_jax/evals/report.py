@@ -14,6 +14,7 @@ import base64
 import datetime
 import hashlib
 import importlib.resources
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ import markupsafe
 
 from p2r_jax.evals import charts
 from p2r_jax.evals.chart_phases import is_step
+from p2r_jax.evals.records import sample_of
+from p2r_jax.evals.report_changes import Against, Mark, against_rows, marks_of
 from p2r_jax.evals.report_gallery import eval_card, sample_groups
 from p2r_jax.evals.report_progress import Progress, progress_of
 from p2r_jax.evals.report_results import (
@@ -50,30 +53,42 @@ from p2r_jax.evals.run_folder import (
 from p2r_jax.evals.stage_time import StageTime, stage_time
 
 IMAGE_SIDE = 640
-"""Longest side of an embedded picture, pixels."""
+"""Longest side of an embedded picture, pixels, if there are few."""
 
-MAX_CARDS = 200
-"""Answers shown on a page.  At 60-100 kB a picture this keeps a page near 20 MB."""
+FULL_SIZE = 300
+"""Pictures up to which they are embedded at full size; more share the same number of pixels, which
+keeps a page of photographs below some 60 MB."""
+
+MAX_CARDS = 1000
+"""Answers shown on a page, training samples among them."""
+
+MAX_SAMPLES = 200
+"""Training samples among them."""
 
 
 def write_report(
     run_dir: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
+    against: str | os.PathLike[str] | None = None,
     max_cards: int = MAX_CARDS,
-    image_side: int = IMAGE_SIDE,
+    image_side: int | None = None,
 ) -> Path:
     """Writes the report of a run folder and returns its path.
 
     Args:
       run_dir: folder written by training or evaluation, finished or not; see `INPUTS`.
       out: file to write; default `run_dir/report.html`.  Replaced in one move.
+      against: another run folder: answers are marked and compared with its answers to the same
+        questions in the same mode.
       max_cards: most answers to show, evaluation and training together; half of them, or what
-        evaluation leaves over, are training samples.
-      image_side: longest side of an embedded picture, pixels.
+        evaluation leaves over, are training samples, but at most `MAX_SAMPLES`.
+      image_side: longest side of an embedded picture, pixels; default, `IMAGE_SIDE`, less if there
+        are many pictures.
 
     Raises:
-      FileNotFoundError: the folder does not exist or holds none of `INPUTS`.
+      FileNotFoundError: the folder does not exist or holds none of `INPUTS`, or `against` holds no
+        evaluation.
     """
     run = Path(run_dir)
     if not run.is_dir():
@@ -84,20 +99,41 @@ def write_report(
             f"nothing to report in {run}: expected at least one of {', '.join(INPUTS)}"
         )
     notes: list[str] = []
-    pictures = Pictures(run, image_side)
     evals = {p.stem: read_jsonl(p, notes) for p in run.glob("eval/*.jsonl")}
     evals = {name: evals[name] for name in sorted(evals, key=eval_order)}
     # The newest evaluation first, and of it the mode that counts.
     records = [{**r, "eval": name} for name, rows in evals.items() for r in rows]
     records.sort(key=lambda r: (list(evals).index(r["eval"]), r.get("mode") == "p2r"), reverse=True)
     sample_files = sorted(run.glob("samples/step_*.jsonl"), key=lambda p: natural(p.name))
-    n_samples = max(max_cards // 2, max_cards - len(records)) if sample_files else 0
+    n_samples = min(MAX_SAMPLES, max(max_cards // 2, max_cards - len(records)))
+    if not sample_files:
+        n_samples = 0
+    other = None if against is None else Against.read(Path(against), notes)
+    marks = marks_of(evals, other)
+
+    def marks_on(record: Mapping[str, Any]) -> list[Mark]:
+        evaluation, mode, id_ = (record.get(k) for k in ("eval", "mode", "id"))
+        try:
+            return marks.get((str(evaluation), str(mode), id_, sample_of(record)), [])
+        except TypeError:
+            return []  # An id that is a list.
+
     samples, files_used = pick_samples(sample_files, n_samples, notes)
     picked = stratified(
         records,
         max_cards - len(samples),
-        lambda r: tuple(str(r.get(k)) for k in ("eval", "mode", "correct")),
+        # A gain and a harm are right and wrong, and more telling than other answers.
+        lambda r: (
+            *(str(r.get(k)) for k in ("eval", "mode", "correct")),
+            *(mark.base for mark in marks_on(r)[:1]),
+        ),
     )
+    shown = [*picked, *samples]
+    n_crops = sum(len(r["crops"]) for r in shown if isinstance(r.get("crops"), list))
+    if image_side is None:
+        image_side = _side(IMAGE_SIDE, len({str(r.get("image")) for r in shown}), FULL_SIZE)
+    crop_side = _side(CROP_SIDE, n_crops, 3 * FULL_SIZE)
+    pictures = Pictures(run, image_side)
     rows = read_jsonl(run / "metrics.jsonl", notes)
     summary = read_json(run / "summary.json", notes)
     stages = {k: float(v) for k, v in mapping(summary.get("stages")).items() if is_number(v)}
@@ -107,6 +143,9 @@ def write_report(
     finished = {e.name for e in evaluations if e.finished} or set(evals)
     compared = {name: records for name, records in evals.items() if name in finished}
     comparisons = comparisons_of(compared, notes)
+    if other is not None:
+        comparisons = [*against_rows(compared, other, notes), *comparisons]
+    sampled = any(is_number(r.get("sample")) and r["sample"] > 0 for r in records)
     headline = headline_of(evaluations, comparisons)
     progress = progress_of(run, rows, notes)
     context = {
@@ -129,15 +168,18 @@ def write_report(
             }
         ),
         "comparisons": comparisons,
-        "cards": [eval_card(record, pictures) for record in picked],
+        "against": other.name if other else None,
+        "cards": [
+            eval_card(record, pictures, marks_on(record), sampled, crop_side) for record in picked
+        ],
         "records_total": len(records),
-        "groups": sample_groups(samples, pictures, curves.phases),
+        "groups": sample_groups(samples, pictures, curves.phases, crop_side),
         "samples_shown": len(samples),
         "sample_files": (files_used, len(sample_files)),
         "config": read_text(run / "config.yaml"),
         "pictures": pictures,
         "image_side": image_side,
-        "crop_side": CROP_SIDE,
+        "crop_side": crop_side,
         "missing": _missing(missing, progress),
         "notes": notes,
         "hover": [c.hover for c in _all_charts(curves, time)],
@@ -205,6 +247,11 @@ def duration(seconds: Any) -> str:
         return f"{seconds:.3g} s"
     minutes, hours = round(seconds / 60), int(round(seconds / 60) // 60)
     return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
+
+
+def _side(full: int, count: int, room: int) -> int:
+    """Longest side of each of `count` pictures that share the pixels of `room` full ones."""
+    return full if count <= room else round(full * math.sqrt(room / count))
 
 
 def _categories(evaluations: Sequence[Evaluation]) -> list[str]:

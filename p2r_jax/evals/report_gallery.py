@@ -8,13 +8,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from p2r_jax.evals.chart_phases import Phase, is_step
+from p2r_jax.evals.report_changes import Mark
 from p2r_jax.evals.run_folder import CROP_SIDE, Pictures, boxes_of, is_number
 
 Record = Mapping[str, Any]
 
 
-def eval_card(record: Record, pictures: Pictures) -> dict[str, Any]:
-    """One answer of an evaluation, as the template shows it."""
+def eval_card(
+    record: Record,
+    pictures: Pictures,
+    marks: Sequence[Mark] = (),
+    sampled: bool = False,
+    crop_side: int = CROP_SIDE,
+) -> dict[str, Any]:
+    """One answer of an evaluation, as the template shows it.
+
+    marks: what it gains and harms. sampled: questions are answered several times. crop_side:
+    longest side of a crop, pixels.
+    """
     options = record.get("options")
     if isinstance(options, dict):
         options = list(options.values())
@@ -31,13 +42,19 @@ def eval_card(record: Record, pictures: Pictures) -> dict[str, Any]:
         if isinstance(options, (list, tuple))
         else [],
         "judged": _judged(record.get("hit")),
+        "sample": record.get("sample") if sampled else None,
+        "marks": marks,
+        "changes": [mark.label for mark in marks],
         "view": _view(record, pictures),
-        "crops": _crops(record, pictures),
+        "crops": _crops(record, pictures, crop_side),
     }
 
 
 def sample_groups(
-    samples: Sequence[Record], pictures: Pictures, phases: Sequence[Phase] = ()
+    samples: Sequence[Record],
+    pictures: Pictures,
+    phases: Sequence[Phase] = (),
+    crop_side: int = CROP_SIDE,
 ) -> list[dict[str, Any]]:
     """Completions of one prompt in one step, together: the group an advantage compares."""
     groups: dict[tuple, list[Record]] = collections.defaultdict(list)
@@ -61,7 +78,7 @@ def sample_groups(
                 "prompt": prompts[0] if same_prompt else None,
                 "prompt_tokens": members[0].get("prompt_tokens"),
                 "shared_view": views[0] if same_view else None,
-                "shared_crops": _crops(members[0], pictures) if same_view else [],
+                "shared_crops": _crops(members[0], pictures, crop_side) if same_view else [],
                 "rewards": "mixed" if len({str(m.get("reward")) for m in members}) > 1 else "equal",
                 "truncated": (cut := sum(m.get("truncated") is True for m in members)),
                 "cut": "some" if cut else "none",
@@ -75,7 +92,7 @@ def sample_groups(
                         "partner": m.get("partner_completion"),
                         "parts": _parts(m),
                         "view": None if same_view else view,
-                        "crops": [] if same_view else _crops(m, pictures),
+                        "crops": [] if same_view else _crops(m, pictures, crop_side),
                     }
                     for m, view in zip(members, views, strict=True)
                 ],
@@ -90,10 +107,10 @@ def _phase_label(step: Any, phases: Sequence[Phase]) -> str:
     return next((phase.label for phase in inside), "")
 
 
-def _crops(record: Record, pictures: Pictures) -> list[dict[str, Any]]:
+def _crops(record: Record, pictures: Pictures, side: int) -> list[dict[str, Any]]:
     crops = record.get("crops")
     return [
-        {"path": crop, "picture": pictures.add(crop, CROP_SIDE)}
+        {"path": crop, "picture": pictures.add(crop, side)}
         for crop in (crops if isinstance(crops, list) else [])
     ]
 

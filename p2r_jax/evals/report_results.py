@@ -44,7 +44,9 @@ def evaluations_of(
     run: Path, evals: Mapping[str, Records], summary: Mapping[str, Any], notes: list[str]
 ) -> list[Evaluation]:
     """All evaluations, in the order in which they were made. evals: records by name."""
-    names = {p.stem for p in run.glob("eval/*.json")} | set(evals)
+    # NAME.run.json says what records depend on, it is no summary.
+    stored = (p.stem for p in run.glob("eval/*.json") if not p.stem.endswith(".run"))
+    names = {*stored, *evals}
     found = []
     for name in sorted(names, key=eval_order):
         records = evals.get(name, [])
@@ -68,7 +70,7 @@ def evaluations_of(
 
 def comparisons_of(evals: Mapping[str, Records], notes: list[str]) -> list[dict[str, Any]]:
     """Paired tests: for each mode, each evaluation with the next and the first with the last; and
-    within an evaluation, `default` with every other mode."""
+    within an evaluation, `default` with every other mode. With another run: `report_changes`."""
     sides = {
         (name, mode): records
         for name in evals

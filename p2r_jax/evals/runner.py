@@ -1,33 +1,23 @@
-"""Evaluation of one set of weights: every question in every mode, greedy.
-
-    default      the direct prompt on the plain image
-    baseline     the single-stage reasoning prompt on the plain image
-    p2r          perceiver, then reasoner with its boxes
-    oracle_box   reasoner with the true boxes
-    random_box   reasoner with boxes of the true size at a random place
-
-Training runs the same code between its phases, and there also
-
-    live_perceiver   p2r with the live perceiver and the frozen partner's reasoner
-    live_reasoner    p2r with the frozen partner's perceiver and the live reasoner
-"""
+"""Evaluation of one set of weights: every question in every mode."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
 from p2r_jax.data.loader import LoadedRow
-from p2r_jax.evals.scoring import box_figures, summarize_modes
+from p2r_jax.data.rows import Row
+from p2r_jax.evals.modes import GRID, Mode, donors, parse_modes, random_boxes
+from p2r_jax.evals.record_file import Key, Record, key_of
+from p2r_jax.evals.scoring import box_figures
 from p2r_jax.parallel.multihost import is_main
 from p2r_jax.roles.answers import (
     Answer,
@@ -39,15 +29,11 @@ from p2r_jax.roles.answers import (
 from p2r_jax.roles.boxes import Box, ParsedBoxes, parse_response
 from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.pipeline import Pipeline
-from p2r_jax.roles.prompts import Role
-from p2r_jax.roles.render import crops
 from p2r_jax.roles.requests import ImageStore
 from p2r_jax.rollout.sampling import Sampling
 
-MODES = ("default", "baseline", "p2r", "oracle_box", "random_box")
-LIVE_MODES = ("live_perceiver", "live_reasoner")
-"""Modes that need the weights of a frozen partner."""
-Record = dict[str, Any]
+PASSED_ON = ("cluster", "image_hash")
+"""What records take from `Row.meta`, for scoring: which questions share an image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,50 +43,51 @@ class Decoding:
     perceiver: Sampling
     reasoner: Sampling
     direct: Sampling
+    samples: int = 0
+    """Times each question is answered, drawn at the temperature of the samplings; 0 = once, greedy.
+    """
 
     @classmethod
-    def greedy(
+    def of(
         cls,
         perceiver: int,
         reasoner: int,
         direct: int,
+        *,
         repetition_penalty: float = 1.0,
         penalize_prompt: bool = True,
+        samples: int = 0,
+        temperature: float = 0.0,
     ) -> Decoding:
-        """New tokens of each role at most, and a penalty for all."""
-        greedy = Sampling(
+        """New tokens of each role at most, and the rest for all."""
+        common = Sampling(
             1,
-            temperature=0.0,
+            temperature=temperature,
             repetition_penalty=repetition_penalty,
             penalize_prompt=penalize_prompt,
         )
         caps = (perceiver, reasoner, direct)
-        return cls(*(dataclasses.replace(greedy, max_new_tokens=cap) for cap in caps))
+        p, r, d = (dataclasses.replace(common, max_new_tokens=cap) for cap in caps)
+        return cls(p, r, d, samples)
 
 
-def check_modes(modes: Sequence[str], partner: bool = False) -> None:
-    """Raise ValueError for an unknown mode. partner: whether there is one."""
-    known = (*MODES, *LIVE_MODES) if partner else MODES
-    unknown = [mode for mode in modes if mode not in known]
-    if unknown or not modes:
-        raise ValueError(f"unknown evaluation mode(s) {unknown}; choose from {', '.join(known)}")
+@dataclasses.dataclass
+class Seconds:
+    """Wall time by stage: load (waiting for images), upload, perceive, answer, grade."""
 
+    by_stage: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
 
-def random_boxes(row_id: str, boxes: Sequence[Sequence[float]], seed: int) -> list[Box]:
-    """Boxes of the same sizes at uniformly random places; depends on (row, seed) only."""
-    rng = np.random.default_rng([seed, zlib.crc32(row_id.encode())])
-    out = []
-    for x1, y1, x2, y2 in boxes:
-        width, height = x2 - x1, y2 - y1
-        x, y = rng.uniform(0, 1000 - width), rng.uniform(0, 1000 - height)
-        out.append(Box((x, y, x + width, y + height), "random"))
-    return out
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.by_stage[stage] += time.perf_counter() - begin
 
 
 def evaluate(
     pipeline: Pipeline,
     params: nnx.State,
-    batches: Iterable[list[LoadedRow]],
+    batches: Callable[[], Iterable[list[LoadedRow]]],
     modes: Sequence[str],
     decoding: Decoding,
     *,
@@ -109,90 +96,214 @@ def evaluate(
     grader: Grader | None = None,
     partner: nnx.State | None = None,
     on_record: Callable[[Record, LoadedRow], None] = lambda record, loaded: None,
+    earlier: Sequence[Record] = (),
+    seconds: Seconds | None = None,
+    asked: Callable[[Row], str] = lambda row: row.question_with_options,
     description: str = "evaluating",
 ) -> list[Record]:
-    """One record per question and mode, in the layout that `scoring` and `report` read.
+    """One record per question, mode and sample, in the layout that `scoring` and `report` read.
 
+    batches: called for each pass over the questions; a second one is only for `shuffled_box`.
     grader: default, one without a verifier; free text then raises ValueError, so check
-    `answer_forms` of the source first. on_record is called with each record as soon as its batch is
-    done. Modes that need true boxes leave out rows without any.
+    `answer_forms` of the source first. on_record is called with each new record as soon as its
+    batch is done. earlier: records that need not be made again; they come first in what is
+    returned. asked: how a question is put, options included. Modes that need true boxes leave out
+    rows without any.
     """
-    check_modes(modes, partner is not None)
-    grader = grader or Grader()
-    records: list[Record] = []
+    parsed = parse_modes(modes, partner is not None)
+    first = [mode for mode in parsed if mode.boxes != "shuffled"]
+    second = [mode for mode in parsed if mode.boxes == "shuffled"]
+    if second and "p2r" not in modes:
+        raise ValueError("evaluation mode shuffled_box takes boxes from p2r: add that mode")
+    records = list(earlier)
+    done = {key_of(record) for record in records}
+    clock = seconds or Seconds()
+    run = _Run(pipeline, params, partner, decoding, seed, grader or Grader(), clock, asked)
     with Progress(transient=True, disable=not is_main()) as progress:
-        task = progress.add_task(description, total=total)
-        for batch in batches:
-            images = ImageStore.upload(
-                [b.image for b in batch], pipeline.builder.buckets, pipeline.builder.mesh
-            )
-            perceivers: dict[bool, list[tuple[str, ParsedBoxes]]] = {}
-            for mode in modes:
-                for record, loaded in _run_mode(
-                    pipeline, (params, partner), batch, images, mode, decoding, seed, grader,
-                    perceivers,
-                ):  # fmt: skip
+        task = progress.add_task(description, total=total * (2 if second else 1))
+        for group in filter(None, (first, second)):
+            if group is second:
+                run.take_boxes(records)
+            for batch in run.timed(batches()):
+                for record, loaded in run.batch(batch, group, done):
                     on_record(record, loaded)
                     records.append(record)
-            progress.advance(task, len(batch))
+                progress.advance(task, len(batch))
     return records
 
 
-def _run_mode(
-    pipeline: Pipeline,
-    weights: tuple[nnx.State, nnx.State | None],
-    batch: list[LoadedRow],
-    images: ImageStore,
-    mode: str,
-    decoding: Decoding,
-    seed: int,
-    grader: Grader,
-    perceivers: dict[bool, list[tuple[str, ParsedBoxes]]],
-) -> list[tuple[Record, LoadedRow]]:
-    """weights: live and frozen. perceivers: what each of them wrote to this batch, filled in."""
-    params = weights[0]
-    partner = params if weights[1] is None else weights[1]  # check_modes knows better
-    chosen = [
-        (i, b)
-        for i, b in enumerate(batch)
-        if mode not in ("oracle_box", "random_box") or b.row.boxes
-    ]
-    if not chosen:
-        return []
-    questions = [(i, b.row.question_with_options, b.row.answer_form) for i, b in chosen]
-    perceived: list[str | None] = [None for _ in chosen]
-    boxes: list[list[Box]] = [[] for _ in chosen]
-    if mode == "default" or mode == "baseline":
-        role: Role = "direct" if mode == "default" else "baseline"
-        requests = [pipeline.builder.plain(role, images, *question) for question in questions]
-        sampling = decoding.direct if mode == "default" else decoding.reasoner
-        answers = [o.text for o in pipeline.complete(params, requests, images, sampling)]
-    else:
-        if mode in ("p2r", *LIVE_MODES):
-            frozen = mode == "live_reasoner"
-            if frozen not in perceivers:
-                own = partner if frozen else params
-                perceivers[frozen] = pipeline.perceive(own, images, questions, decoding.perceiver)
-            found = perceivers[frozen]
-            perceived = [text for text, _ in found]
-            boxes = [list(parsed.boxes) for _, parsed in found]
-        elif mode == "oracle_box":
-            boxes = [[Box(box, "true") for box in b.row.boxes] for _, b in chosen]
-        else:
-            boxes = [random_boxes(b.row.id, b.row.boxes, seed) for _, b in chosen]
-        own = partner if mode == "live_perceiver" else params
-        answers = pipeline.reason(own, images, questions, boxes, decoding.reasoner)
-    graded = [_answer(mode, b, text) for (_, b), text in zip(chosen, answers, strict=True)]
-    grades = grader.grade(graded)
-    return [
-        (_record(mode, b, text, own, answer, grade), b)
-        for (_, b), text, own, answer, grade in zip(
-            chosen, perceived, boxes, graded, grades, strict=True
-        )
-    ]
+Question = tuple[int, str, str]
+"""(index of the image, question with options, answer form)."""
 
 
-def _answer(mode: str, loaded: LoadedRow, text: str) -> Answer:
+class _Run:
+    """What stays the same over the batches of an evaluation."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        params: nnx.State,
+        partner: nnx.State | None,
+        decoding: Decoding,
+        seed: int,
+        grader: Grader,
+        seconds: Seconds,
+        asked: Callable[[Row], str],
+    ):
+        self.pipeline, self.decoding, self.seed = pipeline, decoding, seed
+        self.grader, self.seconds, self.asked = grader, seconds, asked
+        # parse_modes knows better than to ask for a partner that is not there.
+        self.weights = {False: params, True: params if partner is None else partner}
+        self.donated: dict[tuple[str, int], list[Box]] = {}
+        """By row id and sample: the boxes that the perceiver gave another row."""
+
+    def take_boxes(self, records: Sequence[Record]) -> None:
+        """For `shuffled_box`: what p2r wrote, dealt out to other questions."""
+        own = {(r["id"], r["sample"]): r for r in records if r["mode"] == "p2r"}
+        image_of: dict[str, Hashable] = {
+            r["id"]: r.get("image_hash") or r["id"] for r in own.values()
+        }
+        for row, donor in donors(image_of, self.seed).items():
+            for sample in self.samples:
+                if (donor, sample) in own:
+                    boxes = own[donor, sample]["boxes"]
+                    self.donated[row, sample] = [
+                        Box(tuple(b["bbox_2d"]), b["label"]) for b in boxes
+                    ]
+
+    @property
+    def samples(self) -> range:
+        return range(max(1, self.decoding.samples))
+
+    def timed(self, batches: Iterable[list[LoadedRow]]) -> Iterator[list[LoadedRow]]:
+        iterator = iter(batches)
+        while True:
+            with self.seconds("load"):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    def batch(
+        self, batch: list[LoadedRow], modes: Sequence[Mode], done: Collection[Key]
+    ) -> Iterator[tuple[Record, LoadedRow]]:
+        """The records of a batch that are not done."""
+        wanted = [
+            (mode, sample, rows)
+            for mode in modes
+            for sample in self.samples
+            if (rows := self._missing(batch, mode, sample, done))
+        ]
+        if not wanted:
+            return
+        with self.seconds("upload"):
+            images = ImageStore.upload(
+                [b.image for b in batch], self.pipeline.builder.buckets, self.pipeline.builder.mesh
+            )
+        perceived: dict[Any, tuple[str, ParsedBoxes]] = {}
+        for mode, sample, rows in wanted:
+            yield from self._answer(batch, images, mode, sample, rows, perceived)
+
+    def _missing(
+        self, batch: list[LoadedRow], mode: Mode, sample: int, done: Collection[Key]
+    ) -> list[int]:
+        return [
+            i
+            for i, b in enumerate(batch)
+            if (b.row.id, mode.name, sample) not in done and (mode.boxes != "true" or b.row.boxes)
+        ]
+
+    def _answer(
+        self,
+        batch: list[LoadedRow],
+        images: ImageStore,
+        mode: Mode,
+        sample: int,
+        rows: list[int],
+        perceived: dict[Any, tuple[str, ParsedBoxes]],
+    ) -> list[tuple[Record, LoadedRow]]:
+        """Records of one mode. perceived: what perceivers wrote to this batch, filled in."""
+        chosen = [batch[i].row for i in rows]
+        questions = [
+            (i, self.asked(row), row.answer_form) for i, row in zip(rows, chosen, strict=True)
+        ]
+        texts: list[str | None] = [None for _ in rows]
+        boxes: list[list[Box]] = [[] for _ in rows]
+        if mode.boxes in ("perceiver", "random"):
+            wrote = self._perceive(images, mode.frozen[0], sample, batch, questions, perceived)
+            boxes = [list(parsed.boxes) for _, parsed in wrote]
+            if mode.boxes == "perceiver":
+                texts = [text for text, _ in wrote]
+            else:
+                corners = [[box.bbox_2d for box in own] for own in boxes]
+                boxes = [
+                    random_boxes(row.id, own, self.seed)
+                    for row, own in zip(chosen, corners, strict=True)
+                ]
+        elif mode.boxes == "true":
+            boxes = [[Box(box, "true") for box in row.boxes] for row in chosen]
+        elif mode.boxes == "shuffled":
+            boxes = [self.donated.get((row.id, sample), []) for row in chosen]
+        elif mode.boxes == "grid":
+            boxes = [GRID for _ in rows]
+        with self.seconds("answer"):
+            answers = self._write(mode, images, questions, boxes, self._seeds(chosen, mode, sample))
+        graded = [_answer(mode, batch[i], text) for i, text in zip(rows, answers, strict=True)]
+        with self.seconds("grade"):
+            grades = self.grader.grade(graded)
+        return [
+            (_record(mode, sample, batch[i], text, own, answer, grade), batch[i])
+            for i, text, own, answer, grade in zip(rows, texts, boxes, graded, grades, strict=True)
+        ]
+
+    def _perceive(
+        self,
+        images: ImageStore,
+        frozen: bool,
+        sample: int,
+        batch: list[LoadedRow],
+        questions: Sequence[Question],
+        perceived: dict[Any, tuple[str, ParsedBoxes]],
+    ) -> list[tuple[str, ParsedBoxes]]:
+        """Each perceiver writes once for all modes of a batch."""
+        missing = [q for q in questions if (frozen, sample, q[0]) not in perceived]
+        if missing:
+            seeds = self._seeds([batch[i].row for i, *_ in missing], None, sample)
+            with self.seconds("perceive"):
+                wrote = self.pipeline.perceive(
+                    self.weights[frozen], images, missing, self.decoding.perceiver, seeds
+                )
+            for question, own in zip(missing, wrote, strict=True):
+                perceived[frozen, sample, question[0]] = own
+        return [perceived[frozen, sample, i] for i, *_ in questions]
+
+    def _write(
+        self,
+        mode: Mode,
+        images: ImageStore,
+        questions: Sequence[Question],
+        boxes: Sequence[Sequence[Box]],
+        seeds: list[int] | None,
+    ) -> list[str]:
+        params = self.weights[mode.frozen[1]]
+        if mode.role == "reasoner":
+            return self.pipeline.reason(
+                params, images, questions, boxes, self.decoding.reasoner, seeds, mode.shown
+            )
+        sampling = self.decoding.direct if mode.role == "direct" else self.decoding.reasoner
+        builder = self.pipeline.builder
+        requests = [builder.plain(mode.role, images, *question) for question in questions]
+        return [o.text for o in self.pipeline.complete(params, requests, images, sampling, seeds)]
+
+    def _seeds(self, rows: Sequence[Any], mode: Mode | None, sample: int) -> list[int] | None:
+        """None for greedy decoding. A draw depends on (row, mode or perceiver, sample, seed)."""
+        if not self.decoding.samples:
+            return None
+        who = "perceiver" if mode is None else mode.name
+        return [zlib.crc32(f"{self.seed} {row.id} {who} {sample}".encode()) for row in rows]
+
+
+def _answer(mode: Mode, loaded: LoadedRow, text: str) -> Answer:
     """The completion as it is graded in this mode."""
     row = loaded.row
     return Answer(
@@ -202,12 +313,13 @@ def _answer(mode: str, loaded: LoadedRow, text: str) -> Answer:
         question=row.question_with_options,
         letters=choice_letters(len(row.options), row.answer),
         # A direct answer carries no tag; everywhere else an answer outside its tag is wrong.
-        require_tag=mode != "default",
+        require_tag=mode.role != "direct",
     )
 
 
 def _record(
-    mode: str,
+    mode: Mode,
+    sample: int,
     loaded: LoadedRow,
     perceiver_text: str | None,
     boxes: list[Box],
@@ -222,13 +334,15 @@ def _record(
     if prediction is not None and row.answer_form == "mca":
         prediction = choice_letter(prediction, answer.letters) or None
     corners = [box.bbox_2d for box in boxes]
-    return {
+    record = {
         "id": row.id,
-        "mode": mode,
+        "mode": mode.name,
+        "sample": sample,
         "category": row.category,
         "question": row.question,
         "options": list(row.options),
         "answer": row.answer,
+        "answer_form": row.answer_form,
         "prediction": prediction,
         "correct": grade,
         "perceiver_text": perceiver_text,
@@ -240,71 +354,11 @@ def _record(
         "height": height,
         "image": None,
         "crops": [],
-    } | (box_figures(corners, row.boxes, width, height) if mode in ("p2r", *LIVE_MODES) else {})
-
-
-class EvalWriter:
-    """Writes records to RUN/eval/NAME.jsonl as they come, pictures of some, and the summary."""
-
-    def __init__(self, run: Path, name: str, pictures: int):
-        self.folder = run / "eval"
-        self.name = name
-        self.pictures = pictures
-        self.pictured: dict[str, int] = {}
-        self.active = is_main()
-        if self.active:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = (self.folder / f"{name}.jsonl").open("w")
-
-    def __call__(self, record: Record, loaded: LoadedRow) -> None:
-        if not self.active:
-            return
-        done = self.pictured.get(record["mode"], 0)
-        if done < self.pictures:
-            self.pictured[record["mode"]] = done + 1
-            record |= save_pictures(
-                self.folder.parent, f"eval/images/{record['id'].replace('/', '_')}", record, loaded
-            )
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-
-    def finish(self, records: list[Record]) -> dict[str, Any]:
-        """Write and return the summary by mode. Answers that nothing could grade are left out and
-        counted as `ungraded`."""
-        graded = [record for record in records if record["correct"] is not None]
-        summary = summarize_modes(self.name, graded)
-        summary["ungraded"] = len(records) - len(graded)
-        if not self.active:
-            return summary
-        self.file.close()
-        file = self.folder / f"{self.name}.json"
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(temporary, file)
-        return summary
-
-
-def save_pictures(
-    run: Path, stem: str, record: Record, loaded: LoadedRow, longest: int | None = None
-) -> Record:
-    """Save the image and the crops of a record's boxes; returns the fields that point to them.
-
-    longest: side of a picture in pixels; larger ones are shrunk.
-    """
-    from PIL import Image
-
-    # Ids of two benchmarks may be equal, pictures are not.
-    image = run / f"{stem}_{zlib.crc32(loaded.image.tobytes()):08x}.jpg"
-    image.parent.mkdir(parents=True, exist_ok=True)
-    if not image.exists():
-        picture = Image.fromarray(loaded.image)
-        picture.thumbnail((longest or picture.width, longest or picture.height))
-        picture.save(image, quality=90)
-    boxes = [Box(tuple(b["bbox_2d"]), b["label"]) for b in record["boxes"]]
-    paths = []
-    for i, crop in enumerate(crops(loaded.image, boxes)):
-        path = run / f"{stem}_{record['mode']}_crop{i}.jpg"
-        crop.thumbnail((longest or crop.width, longest or crop.height))
-        crop.save(path, quality=90)
-        paths.append(str(path.relative_to(run)))
-    return {"image": str(image.relative_to(run)), "crops": paths}
+    }
+    meta: Mapping[str, Any] = row.meta
+    record |= {name: meta[name] for name in PASSED_ON if name in meta}
+    if "cycle_category" in meta:
+        record["meta"] = {"cycle_category": meta["cycle_category"]}
+    if mode.measures_boxes:
+        record |= box_figures(corners, row.boxes, width, height)
+    return record

@@ -1,9 +1,9 @@
 """From evaluation records to numbers with intervals: accuracy, perceiver figures, paired tests.
 
-A record is one answered question in one mode, the JSON object that a runner appends to
-`RUN/eval/<name>.jsonl`.  The verdict `correct` is already in it (the letter rule belongs to
-`p2r_jax.rl.rewards`); this module only counts.  Every accuracy carries its n and its 95 % Wilson
-interval, because benchmarks of 191 questions move by several points by chance alone.
+A record is one answered question in one mode, see `evals.records`.  The verdict `correct` is
+already in it, by the authors' rule or a verifier; other rules are read from the text beside it.
+Every accuracy carries its n and its 95 % Wilson interval, because benchmarks of 191 questions move
+by several points by chance alone.
 
     records --by_mode--> {mode: records} --summarize--> {accuracy, low, high, n, hit_rate, ...}
     records_a, records_b --compare--> {gain, harm, mcnemar_p, difference, low, high}
@@ -20,7 +20,20 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from p2r_jax.evals.intervals import Accuracy, mcnemar_p, paired_interval, wilson_interval
+from p2r_jax.evals.answer_rules import RULES
+from p2r_jax.evals.comparing import compare
+from p2r_jax.evals.intervals import Accuracy, cluster_bootstrap, mcnemar_p, wilson_interval
+from p2r_jax.evals.pass_at_k import sampled_figures
+from p2r_jax.evals.records import (
+    Record,
+    by_category,
+    chosen,
+    clusters,
+    is_choice,
+    rotation,
+    sample_of,
+    verdict,
+)
 from p2r_jax.roles.boxes import MAX_CROPS, Box, crop_rectangle, iou, perceiver_penalty
 
 __all__ = [
@@ -37,7 +50,6 @@ __all__ = [
     "wilson_interval",
 ]
 
-Record = Mapping[str, Any]
 BBox = Sequence[float]
 
 MAX_HIT_AREA = 0.25
@@ -115,22 +127,27 @@ def summarize(records: Iterable[Record]) -> dict[str, Any]:
     """Accuracy, by category too, and perceiver figures of the records of one mode.
 
     Returns a JSON-able dict:
-      accuracy, low, high, n: overall, 95 % Wilson; low and high allow for clusters, see below.
-      by_category: {category: {accuracy, low, high, n}}, sorted by name.
+      accuracy, low, high, n: overall, 95 % Wilson.  Where records share an image or a question
+        (`records.clusters`), n is divided by the design effect first, and there are also
+        bootstrap_low, bootstrap_high (clusters drawn anew; why beside: `evals.intervals`) and
+        clusters, how many there are.
+      by_category: {category: {accuracy, low, high, n, ...}}, sorted by name.
       answer_parse_failure_rate: share of records whose `prediction` is None.
+      rules (only with option letters): {name: {accuracy, low, high, n, no_answer_rate}} of each of
+        `answer_rules.RULES`, read anew from the answers.
       hit_rate, hit_low, hit_high, hit_n; mean_iou: over records with true boxes and evidence.
       mean_area: mean box area, fraction of the image, over records with boxes.
       boxes_per_sample: over records with evidence (a perceiver ran, or boxes were given).
       parse_ok_rate, empty_rate, overlap_penalty_rate, label_penalty_rate: over records where a
         perceiver ran (`perceiver_text` is not None); `perceiver_n` of them.  Penalties are those
         of the training reward, see `roles.boxes.perceiver_penalty`; here they cost nothing.
-      all_rotations (only if records carry a `cluster` that repeats): {accuracy, low, high, n} of
-        clusters answered right in every rotation, HR-Bench's strict accuracy.
+      all_rotations (only if records carry a `cluster` that repeats): {accuracy, low, high, n,
+        incomplete} of questions answered right in every rotation, HR-Bench's strict accuracy.
+        Questions with fewer rotations than others are left out and counted as incomplete.
+      rotations (only with `cycle_category`): {by_rotation: {value: {accuracy, ...}}, mean}; the
+        mean of means is the figure that other harnesses call HR-Bench's accuracy.
+      sampled (only with several answers to a question): see `pass_at_k.sampled_figures`.
     Figures without any record to count are None.
-
-    Args:
-      records: see the module docstring.  `cluster` is optional: records with an equal value are
-        rotations of one question and are not counted as independent.
 
     Raises:
       ValueError: a record lacks `correct`, or the records mix modes.
@@ -139,66 +156,24 @@ def summarize(records: Iterable[Record]) -> dict[str, Any]:
     modes = sorted({str(record.get("mode")) for record in records})
     if len(modes) > 1:
         raise ValueError(f"records of several modes {modes}: summarize each of by_mode(records)")
-    summary: dict[str, Any] = dataclasses.asdict(_accuracy(records))
+    summary = _accuracy(records)
     summary["answer_parse_failure_rate"] = _mean([r.get("prediction") is None for r in records])
     summary.update(_perceiver_summary(records))
-
-    categories: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        categories[record.get("category") or ""].append(record)
     summary["by_category"] = {
-        name: dataclasses.asdict(_accuracy(categories[name])) for name in sorted(categories)
+        name: _accuracy(members) for name, members in by_category(records).items()
     }
-    clusters = _group_by_cluster(records)
-    if clusters and len(clusters) < len(records):
-        strict = [min(_verdict(r) for r in group) for group in clusters.values()]
-        summary["all_rotations"] = dataclasses.asdict(Accuracy.of(strict))
-    return summary
+    parts = {
+        "rules": _rules(records),
+        "all_rotations": _all_rotations(records),
+        "rotations": _rotations(records),
+        "sampled": sampled_figures(records),
+    }
+    return summary | {name: part for name, part in parts.items() if part is not None}
 
 
 def summarize_modes(name: str, records: Iterable[Record]) -> dict[str, Any]:
     """Content of `RUN/eval/<name>.json`: {"name": name, "modes": {mode: summarize(...)}}."""
     return {"name": name, "modes": {m: summarize(r) for m, r in by_mode(records).items()}}
-
-
-def compare(
-    records_a: Iterable[Record], records_b: Iterable[Record], confidence: float = 0.95
-) -> dict[str, Any]:
-    """Paired comparison of two runs, or two modes, over the questions both answered.
-
-    Returns a JSON-able dict:
-      n: questions answered by both; only_a, only_b: by one alone, left out of everything else.
-      accuracy_a, accuracy_b, difference = accuracy_b - accuracy_a: fractions.
-      gain: wrong in a, right in b.  harm: right in a, wrong in b.
-      low, high: interval of the difference by Bonett and Price (2012): a Wald interval after one
-        observation is added to each discordant cell, near nominal coverage from n = 25 on.
-      mcnemar_p: exact two-sided McNemar test, a binomial test of gain among gain + harm at 1/2.
-    Both treat questions as independent, also where `cluster` says otherwise.
-
-    Raises:
-      ValueError: an id repeats on one side (mixed modes), or no id is on both.
-    """
-    a, b = _by_id(records_a, "a"), _by_id(records_b, "b")
-    shared = a.keys() & b.keys()
-    if not shared:
-        raise ValueError("no question id is on both sides: these are runs of different questions")
-    gain = sum(a[i] < b[i] for i in shared)
-    harm = sum(a[i] > b[i] for i in shared)
-    n = len(shared)
-    low, high = paired_interval(gain, harm, n, confidence)
-    return {
-        "n": n,
-        "only_a": len(a) - n,
-        "only_b": len(b) - n,
-        "accuracy_a": sum(a[i] for i in shared) / n,
-        "accuracy_b": sum(b[i] for i in shared) / n,
-        "difference": (gain - harm) / n,
-        "low": low,
-        "high": high,
-        "gain": gain,
-        "harm": harm,
-        "mcnemar_p": mcnemar_p(gain, harm),
-    }
 
 
 def summary_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -209,17 +184,22 @@ def summary_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, A
         for part, value in parts.items():
             if part != "all" and len(parts) == 2:
                 continue  # A single category repeats the line above it.
-            accuracy = value["accuracy"]
-            rows.append(
-                {
-                    "run": name,
-                    "category": part,
-                    "n": value["n"],
-                    "accuracy %": None if accuracy is None else f"{100 * accuracy:.1f}",
-                    "95 % interval": f"{100 * value['low']:.1f} - {100 * value['high']:.1f}",
-                }
-            )
+            row = {"run": name, "category": part, "n": value["n"]}
+            row |= {"accuracy %": percent(value["accuracy"]), "95 % interval": interval(value)}
+            if "bootstrap_low" in value:
+                row["by image"] = interval(value, "bootstrap_")
+            rows.append(row)
     return rows
+
+
+def percent(value: float | None) -> str | None:
+    """0.9319 -> "93.2"; None for None."""
+    return None if value is None else f"{100 * value:.1f}"
+
+
+def interval(value: Mapping[str, Any], prefix: str = "") -> str:
+    """ "88.7 - 96.0" from the fields `low` and `high`, or `bootstrap_low` and `bootstrap_high`."""
+    return f"{percent(value[prefix + 'low'])} - {percent(value[prefix + 'high'])}"
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -286,36 +266,61 @@ def _perceiver_summary(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _verdict(record: Record) -> int:
-    verdict = record.get("correct")
-    if verdict not in (0, 1):  # Also accepts bools and 0.0 / 1.0.
-        raise ValueError(f"record {record.get('id')!r}: 'correct' must be 0 or 1, is {verdict!r}")
-    return int(verdict)
+def _accuracy(records: Sequence[Record]) -> dict[str, Any]:
+    correct, shares = [verdict(r) for r in records], clusters(records)
+    counted: dict[str, Any] = dataclasses.asdict(Accuracy.of(correct, shares))
+    if shares is not None:
+        low, high = cluster_bootstrap(correct, shares)
+        counted |= {"bootstrap_low": low, "bootstrap_high": high, "clusters": len(set(shares))}
+    return counted
 
 
-def _accuracy(records: Sequence[Record]) -> Accuracy:
-    clusters = [r.get("cluster") for r in records]
-    return Accuracy.of([_verdict(r) for r in records], None if None in clusters else clusters)
+def _rules(records: Sequence[Record]) -> dict[str, Any] | None:
+    asked = [record for record in records if is_choice(record)]
+    if not asked:
+        return None
+    letters = [chosen(record) for record in asked]
+    shares = clusters(asked)
+    found = {}
+    for name in RULES:
+        right = [int(c[name] == r["answer"]) for c, r in zip(letters, asked, strict=True)]
+        found[name] = {
+            **dataclasses.asdict(Accuracy.of(right, shares)),
+            "no_answer_rate": _mean([c[name] is None for c in letters]),
+        }
+    return found
 
 
-def _group_by_cluster(records: Sequence[Record]) -> dict[Hashable, list[Record]]:
-    groups: dict[Hashable, list[Record]] = defaultdict(list)
+def _all_rotations(records: Sequence[Record]) -> dict[str, Any] | None:
+    groups: dict[tuple[Hashable, int], list[Record]] = defaultdict(list)
     for record in records:
         if record.get("cluster") is None:
-            return {}
-        groups[record["cluster"]].append(record)
-    return dict(groups)
+            return None
+        groups[record["cluster"], sample_of(record)].append(record)
+    full = max(map(len, groups.values()), default=1)
+    if full == 1:
+        return None
+    complete = [group for group in groups.values() if len(group) == full]
+    strict = [min(map(verdict, group)) for group in complete]
+    firsts = [group[0] for group in complete]
+    shares = clusters(firsts)
+    return {
+        **dataclasses.asdict(Accuracy.of(strict, shares)),
+        "incomplete": len(groups) - len(complete),
+    }
 
 
-def _by_id(records: Iterable[Record], side: str) -> dict[Hashable, int]:
-    verdicts: dict[Hashable, int] = {}
+def _rotations(records: Sequence[Record]) -> dict[str, Any] | None:
+    groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        if record["id"] in verdicts:
-            raise ValueError(
-                f"id {record['id']!r} repeats on side {side}: pass one mode of one run"
-            )
-        verdicts[record["id"]] = _verdict(record)
-    return verdicts
+        value = rotation(record)
+        if value is None:
+            return None
+        groups[str(value)].append(record)
+    if not groups:
+        return None
+    means = {name: _accuracy(groups[name]) for name in sorted(groups)}
+    return {"by_rotation": means, "mean": _mean([m["accuracy"] for m in means.values()])}
 
 
 def _mean(values: Sequence[float]) -> float | None:

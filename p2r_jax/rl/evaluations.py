@@ -15,7 +15,8 @@ from flax import nnx
 
 from p2r_jax.config import TrainConfig
 from p2r_jax.data.loader import LoadedRow, Unreadable, evaluation_batches
-from p2r_jax.evals.runner import Decoding, EvalWriter, evaluate
+from p2r_jax.evals.record_file import EvalWriter
+from p2r_jax.evals.runner import Decoding, evaluate
 from p2r_jax.evals.scoring import summarize_modes
 from p2r_jax.parallel.multihost import gather, is_main
 from p2r_jax.rl.run_log import RunLog
@@ -65,7 +66,7 @@ class Evaluations:
         records = evaluate(
             self.pipeline,
             params,
-            self._batches(settings.questions),
+            lambda: self._batches(settings.questions),
             settings.modes,
             self.decoding,
             total=settings.questions,
@@ -99,7 +100,7 @@ class Evaluations:
         records = evaluate(
             self.pipeline,
             params,
-            self._batches(settings.final_questions),
+            lambda: self._batches(settings.final_questions),
             self._modes(name),
             self.decoding,
             total=settings.final_questions,
@@ -148,5 +149,10 @@ def decoding_of(config: TrainConfig) -> Decoding:
             if idle:
                 caps[idle] = max(caps.get(idle, 0), own.partner_max_new_tokens)
     reasoner = max(caps.get("reasoner", 0), caps.get("baseline", 0))
-    penalty = config.eval.repetition_penalty, config.eval.penalize_prompt
-    return Decoding.greedy(caps.get("perceiver", 256), reasoner, 16, *penalty)
+    return Decoding.of(
+        caps.get("perceiver", 256),
+        reasoner,
+        16,
+        repetition_penalty=config.eval.repetition_penalty,
+        penalize_prompt=config.eval.penalize_prompt,
+    )

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from p2r_jax.config import TrainConfig
 from p2r_jax.data.sources import FileSource, SourceError, load_source
+from p2r_jax.evals.modes import parse_modes
 from p2r_jax.evals.report import write_report
-from p2r_jax.evals.runner import check_modes
 from p2r_jax.evals.scoring import format_table, summary_rows
 from p2r_jax.ops.kernels import Kernels
 from p2r_jax.parallel.mesh import batch_shards, make_mesh, parameter_shardings
@@ -58,8 +58,8 @@ def build_trainer(
     Raises ValueError or FileNotFoundError naming the setting.
     """
     config.validate()
-    check_modes(config.eval.modes, partner=True)
-    check_modes(config.eval.final_modes)
+    parse_modes(config.eval.modes, partner=True)
+    parse_modes(config.eval.final_modes)
     require_wandb(config.log)
     folder = locate_checkpoint(config.model.path)
     buckets = Buckets.of(config.buckets)

@@ -12,7 +12,7 @@ from typing import Any
 
 from p2r_jax.config import LogConfig
 from p2r_jax.data.loader import LoadedRow
-from p2r_jax.evals.runner import save_pictures
+from p2r_jax.evals.record_file import save_pictures
 from p2r_jax.parallel.multihost import is_main
 
 PICTURE_SIDE = 1280

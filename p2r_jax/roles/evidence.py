@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from p2r_jax.qwen3_vl.processor import MAX_ASPECT_RATIO, ImageSizes
 from p2r_jax.roles.boxes import (
@@ -37,6 +38,25 @@ class View:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shown:
+    """How much of the evidence a reasoner is shown; the default is P2R's."""
+
+    overview: Literal["annotated", "plain", "none"] = "annotated"
+    """The whole image with the boxes outlined, without, or left out."""
+    crops: int = MAX_CROPS
+    """Of how many boxes, the first ones."""
+    show_crops: bool = True
+    """False: boxes are outlined and not cropped."""
+    padding: float = 0.1
+    """Around a crop, per side, as a fraction of the image."""
+    budget: float = 1.0
+    """Of each view, as a fraction of the pixel budget."""
+
+
+P2R = Shown()
+
+
+@dataclasses.dataclass(frozen=True)
 class Evidence:
     """What a reasoner gets to see."""
 
@@ -55,19 +75,20 @@ def gather_evidence(
     width: int,
     boxes: Sequence[Box],
     sizes: ImageSizes,
-    *,
-    max_crops: int = MAX_CROPS,
-    padding: float = 0.1,
+    shown: Shown = P2R,
 ) -> Evidence:
-    """The annotated image and the crops of the first `max_crops` boxes.
+    """The annotated image and the crops of the first boxes.
 
-    padding: per side, as a fraction of the image (at most 600 pixels). Boxes whose padded crop is
-    empty or longer than 200 times its width are not cropped. Never raises on parsed boxes.
+    Boxes whose padded crop is empty or longer than 200 times its width are not cropped. Never
+    raises on parsed boxes.
     """
+    if shown.budget != 1:
+        most = max(sizes.min_pixels, int(sizes.max_pixels * shown.budget))
+        sizes = dataclasses.replace(sizes, max_pixels=most)
     overview = plain_view(height, width, sizes)
     crops = []
-    for box in boxes[:max_crops]:
-        crop = crop_rectangle(width, height, box.bbox_2d, padding)
+    for box in boxes[: shown.crops]:
+        crop = crop_rectangle(width, height, box.bbox_2d, shown.padding)
         crop_width, crop_height = crop[2] - crop[0], crop[3] - crop[1]
         short, long = sorted((crop_width, crop_height))
         if short >= 1 and long <= MAX_ASPECT_RATIO * short:
@@ -79,4 +100,5 @@ def gather_evidence(
         outlines=tuple(outline_rectangle(width, height, box.bbox_2d) for box in boxes),
         line_width=line_width(width),
     )
-    return Evidence((annotated, *crops), found=True)
+    views = {"annotated": (annotated,), "plain": (overview,), "none": ()}[shown.overview]
+    return Evidence((*views, *crops) if shown.show_crops else views, found=True)

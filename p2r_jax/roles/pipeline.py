@@ -22,7 +22,7 @@ from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.qwen3_vl.processor import ImageSizes, Processor
 from p2r_jax.roles.answers import extract_answer
 from p2r_jax.roles.boxes import Box, ParsedBoxes, parse_response
-from p2r_jax.roles.evidence import Evidence, gather_evidence
+from p2r_jax.roles.evidence import P2R, Evidence, Shown, gather_evidence
 from p2r_jax.roles.prompts import PromptSet, load_prompt_set
 from p2r_jax.roles.requests import Buckets, ImageStore, Request, RequestBuilder, fit
 from p2r_jax.rollout.generate import Completions, Schedule, Stage, generate, untimed
@@ -104,14 +104,20 @@ class Pipeline:
         requests: Sequence[Request],
         images: ImageStore,
         sampling: Sampling,
+        seeds: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """One completion of each request, in order; greedy, whatever `sampling` says.
+        """One completion of each request, in order; greedy without seeds, whatever `sampling` says.
 
-        Equal requests are answered once. Requests of one bucket share the slots, so that short
-        prompts do not pay for long ones; a bucket with fewer than would fill them joins the next.
+        seeds: one per request, for completions drawn as `sampling` says. Equal requests (of equal
+        seeds) are answered once. Requests of one bucket share the slots, so that short prompts do
+        not pay for long ones; a bucket with fewer than would fill them joins the next.
         """
-        sampling = dataclasses.replace(sampling, group=1, temperature=0.0)
-        keys = [(r.image, r.views, r.tokens.tobytes()) for r in requests]
+        temperature = 0.0 if seeds is None else sampling.temperature
+        sampling = dataclasses.replace(sampling, group=1, temperature=temperature)
+        own = [0] * len(requests) if seeds is None else list(seeds)
+        keys = [
+            (r.image, r.views, r.tokens.tobytes(), s) for r, s in zip(requests, own, strict=True)
+        ]
         distinct = dict(zip(keys, requests, strict=True))
         by_bucket: dict[int, list[Any]] = collections.defaultdict(list)
         by_size = sorted(distinct.items(), key=lambda kv: (len(kv[1].views), len(kv[1].tokens)))
@@ -124,8 +130,8 @@ class Pipeline:
             if len(waiting) < (self.schedule.slots or 1) and bucket != max(by_bucket):
                 continue
             completions = self._generate(
-                params, [distinct[k] for k in waiting], images, sampling, [0] * len(waiting),
-                self.schedule,
+                params, [distinct[k] for k in waiting], images, sampling,
+                [seed for *_, seed in waiting], self.schedule,
             )  # fmt: skip
             outputs = self._outputs(completions)
             answers |= {key: group[0] for key, group in zip(waiting, outputs, strict=True)}
@@ -177,10 +183,12 @@ class Pipeline:
         images: ImageStore,
         questions: Sequence[tuple[int, str, str]],
         sampling: Sampling,
+        seeds: Sequence[int] | None = None,
     ) -> list[tuple[str, ParsedBoxes]]:
-        """Greedy perceiver. questions: (image index, question with options, answer form)."""
+        """The perceiver, greedy without seeds. questions: (image index, question with options,
+        answer form)."""
         requests = [self.builder.plain("perceiver", images, *question) for question in questions]
-        outputs = self.complete(params, requests, images, sampling)
+        outputs = self.complete(params, requests, images, sampling, seeds)
         return [(output.text, parse_response(output.text)) for output in outputs]
 
     def reason(
@@ -190,13 +198,15 @@ class Pipeline:
         questions: Sequence[tuple[int, str, str]],
         boxes: Sequence[Sequence[Box]],
         sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+        shown: Shown = P2R,
     ) -> list[str]:
-        """Greedy reasoner; `boxes` per question, [] for none."""
+        """The reasoner, greedy without seeds; `boxes` per question, [] for none."""
         requests = [
-            self.builder.reasoner(images, *question, own)
+            self.builder.reasoner(images, *question, own, shown)
             for question, own in zip(questions, boxes, strict=True)
         ]
-        return [o.text for o in self.complete(params, requests, images, sampling)]
+        return [o.text for o in self.complete(params, requests, images, sampling, seeds)]
 
 
 def greedy_schedule(slots: int, rings: tuple[int, ...] = ()) -> Schedule:
@@ -210,8 +220,8 @@ def default_prompt_set(config: Qwen3VLConfig) -> str:
     return "tiny" if config.text.vocab_size < 4096 else "default"
 
 
-def default_buckets(sizes: ImageSizes, image_side: int) -> Buckets:
-    """Sizes from small to what 1 to 4 images of the pixel budget need, whatever their aspect
+def default_buckets(sizes: ImageSizes, image_side: int, views: int = 4) -> Buckets:
+    """Sizes from small to what 1 to `views` images of the pixel budget need, whatever their aspect
     ratio. Only those that are used cost a compilation."""
     longest = sizes.patch * sizes.merge
     while longest**2 < sizes.max_pixels * 12:  # an outline of aspect ratio 12 still fits
@@ -219,8 +229,8 @@ def default_buckets(sizes: ImageSizes, image_side: int) -> Buckets:
     full = sizes.max_patches
     tokens = full // sizes.merge**2
     return Buckets(
-        patches=_ladder(64, 4 * full),
-        prompt_tokens=_ladder(64, 4 * tokens + 512),
+        patches=_ladder(64, views * full),
+        prompt_tokens=_ladder(64, views * tokens + 512),
         canvas=_ladder(64, 4 * longest, steps=(1,)),
         image=_ladder(64, image_side, steps=(1,)),
     )

@@ -24,7 +24,7 @@ from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
 from p2r_jax.qwen3_vl.positions import Grid
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.boxes import Box
-from p2r_jax.roles.evidence import View, gather_evidence, plain_view
+from p2r_jax.roles.evidence import P2R, Shown, View, gather_evidence, plain_view
 from p2r_jax.roles.prompts import PromptSet, Role, build_messages
 
 
@@ -132,9 +132,10 @@ class RequestBuilder:
         question: str,
         answer_form: str,
         boxes: Sequence[Box],
+        shown: Shown = P2R,
     ) -> Request:
         """A request that sees the annotated image and the crops of `boxes`."""
-        evidence = gather_evidence(*images.shapes[image], boxes, self.processor.sizes)
+        evidence = gather_evidence(*images.shapes[image], boxes, self.processor.sizes, shown)
         return self._build("reasoner", image, evidence.views, question, answer_form, evidence.found)
 
     def text(self, text: str) -> Request:

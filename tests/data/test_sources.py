@@ -223,7 +223,7 @@ def test_broken_image_files_are_found_on_request(folder):
 
 def test_sources_that_cannot_be_opened_say_why(folder):
     for name, options, message in (
-        ("vstar", {}, "unknown source 'vstar'"),
+        ("gqa", {}, "unknown source 'gqa'"),
         (folder / "none.jsonl", {}, "source file not found: .*none.jsonl"),
         (write(folder, name="empty.jsonl"), {}, "empty.jsonl: has no rows"),
         (write(folder, record()), {"shuffle": True}, "shuffle"),

@@ -9,13 +9,15 @@ from typing import Any
 
 
 class Page(html.parser.HTMLParser):
-    """Elements of a page: (tag, attributes), and the text of each script."""
+    """Elements of a page: (tag, attributes), and the text of each script and picture."""
 
     def __init__(self, path: Path):
         super().__init__()
         self.source = path.read_text("utf-8")
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
+        self.pictures: list[str] = []
+        """As data URIs, which the script makes images of."""
         self.words: list[str] = []
         self.ended = False
         self.summaries: dict[int, str] = {}
@@ -27,12 +29,16 @@ class Page(html.parser.HTMLParser):
         self.ended = False
         if tag == "script":
             self.scripts.append("")
+        if tag == "template":
+            self.pictures.append("")
 
     def handle_data(self, data):
         if self.lasttag == "summary" and not self.ended:
             self.summaries[len(self.elements) - 2] = data
         if self.lasttag == "script" and not self.ended:
             self.scripts[-1] += data
+        elif self.lasttag == "template" and not self.ended:
+            self.pictures[-1] += data
         elif self.lasttag != "style" or self.ended:
             self.words.append(data)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from p2r_jax.evals import scoring
+from p2r_jax.evals import report, scoring
 from p2r_jax.evals.report import duration, number, percent, points, write_report
 from p2r_jax.evals.report_results import eval_order
 from tests.evals.report_page import Page, answer, both_sides, stored, write_jsonl
@@ -45,8 +47,9 @@ class TestPage:
         for tag, attributes in page.elements:
             for name, value in attributes.items():
                 if name in ("src", "href", "srcset", "action", "data", "xlink:href"):
-                    assert value.startswith(("#", "data:image/jpeg;base64,")), (tag, name, value)
-        assert "http" not in re.sub(r'http-equiv|data:[^"]*', "", page.source)
+                    assert value.startswith("#"), (tag, name, value)
+        assert all(p.startswith("data:image/jpeg;base64,") for p in page.pictures)
+        assert "http" not in re.sub(r'http-equiv|data:[^"<]*', "", page.source)
         assert "@import" not in page.source
 
     def test_it_begins_with_before_and_after_and_their_paired_difference(self, page, finished_run):
@@ -68,19 +71,31 @@ class TestPage:
         assert "export 12.5" in page.text
         assert f"round 1 reasoner {duration(60 * 8 + 80 + reasoner_rest(rows))}" in page.text
 
-    def test_each_picture_is_embedded_once_and_small(self, page):
-        images = [a for tag, a in page.elements if tag == "image"]
-        assert len({a["href"] for a in images}) == len(images) > 24
-        used = {a["href"] for tag, a in page.elements if tag == "use"}
-        assert used == {f"#{a['id']}" for a in images}
+    def test_each_picture_is_embedded_once(self, page):
+        assert len(set(page.pictures)) == len(page.pictures) > 24
+        names = [a["data-picture"] for tag, a in page.elements if tag == "template"]
+        assert {a["href"] for tag, a in page.elements if tag == "use"} == {f"#{n}" for n in names}
 
     def test_pictures_are_scaled_down_to_the_stated_side(self, tmp_path):
         Image.new("RGB", (900, 300)).save(tmp_path / "wide.png")
         write_jsonl(tmp_path / "eval/x.jsonl", answer("a", image="wide.png"))
         page = Page(write_report(tmp_path, image_side=120))
-        (image,) = [a for tag, a in page.elements if tag == "image"]
-        assert (image["width"], image["height"]) == ("120", "40")
+        (picture,) = [a for tag, a in page.elements if tag == "template"]
+        assert (picture["data-width"], picture["data-height"]) == ("120", "40")
+        data = base64.b64decode(page.pictures[0].removeprefix("data:image/jpeg;base64,"))
+        assert Image.open(io.BytesIO(data)).size == (120, 40)
         assert "scaled down to 120 pixels" in page.text
+
+    def test_many_pictures_share_the_pixels_of_some(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(report, "FULL_SIZE", 4)
+        for i in range(16):
+            Image.new("RGB", (900, 300), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows = [answer(str(i), image=f"{i}.png", crops=[f"{i}.png"] * 3) for i in range(16)]
+        write_jsonl(tmp_path / "eval/x.jsonl", *rows)
+        # 4 of 640 pixels are 16 of 320; room for 12 crops of 240 is that of 48 of 120.
+        page = Page(write_report(tmp_path))
+        assert "scaled down to 320 pixels, crops to 120." in page.text
+        assert {a["data-width"] for tag, a in page.elements if tag == "template"} == {"320"}
 
     def test_boxes_are_drawn_where_they_are(self, tmp_path):
         boxes = [{"bbox_2d": [100, 200, 300, 400], "label": "cup"}]
@@ -100,7 +115,7 @@ class TestPage:
         sides = [{r["id"]: r["correct"] for r in side} for side in both_sides(finished_run, "p2r")]
         gain = sum(sides[0][i] < sides[1][i] for i in sides[0])
         harm = sum(sides[0][i] > sides[1][i] for i in sides[0])
-        assert f"before p2r after p2r 24 {gain} {harm}" in page.text
+        assert f"before p2r after p2r all 24 {gain} {harm}" in page.text
 
     def test_a_group_of_completions_shares_a_card(self, page):
         groups = [a for tag, a in page.elements if tag == "article" and "data-rewards" in a]
@@ -184,7 +199,7 @@ class TestUntrustedText:
         write_jsonl(run / "eval/x.jsonl", answer("a", image=path))
         page = Page(write_report(run))
         assert "not inside the run folder" in page.text
-        assert not [tag for tag, _ in page.elements if tag == "image"]
+        assert not page.pictures
 
 
 class TestSelection:

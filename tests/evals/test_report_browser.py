@@ -2,79 +2,126 @@
 
 from __future__ import annotations
 
-import os
-import re
+import json
 import shutil
-import subprocess
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from p2r_jax.evals.report import write_report
+from tests.evals.browser import NAMES, Browser, installed
+from tests.evals.report_page import Page, write_jsonl
+
+SHOWN = '[...document.querySelectorAll("#answer-cards .card:not([hidden])")]'
 
 
-def test_in_a_browser(finished_run, tmp_path):
-    """The script runs under the page's own policy, without errors, and a filter hides cards."""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
-    original = write_report(finished_run, tmp_path / "report.html").read_text("utf-8")
-    # The real page, then a copy whose policy lets a test script choose two filters.
-    dom, log = _dump_dom(browser, tmp_path / "report.html", tmp_path)
-    assert "CONSOLE" not in log
-    assert "<title>tiny-two-phase · p2r report</title>" in dom
-    first, total = map(int, re.search(r"<output[^>]*>(\d+) of (\d+) shown", dom).groups())
-    assert first == len(cards_shown(dom)) < total
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    program = installed()
+    if program is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
+    opened = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
 
-    script = """<script>
+
+def test_in_a_browser(finished_run, tmp_path, browser):
+    """The script runs under the page's own policy, without errors, and shows a page of cards."""
+    browser.open(write_report(finished_run, tmp_path / "report.html"))
+    assert browser.run("document.title") == "tiny-two-phase · p2r report"
+    count = 'document.querySelector("[data-gallery=answer-cards] output").textContent'
+    first, _, total = browser.run(count).split()[:3]
+    assert browser.run(f"{SHOWN}.length") == int(first) < int(total)
+    browser.run('document.querySelector("#answers > .more button").click()')
+    assert browser.run(count) == f"{2 * int(first)} of {total} shown"
+
+    search(browser, "VSTAR-003 disc", mode="p2r")
+    modes = browser.run(f"{SHOWN}.map((card) => card.dataset.mode)")
+    assert modes == ["p2r"] * 3  # Question 3 in every evaluation.
+    browser.run(f"{SHOWN}[0].querySelector('.zoom').click()")
+    assert browser.run('document.getElementById("zoom").open') is True
+    browser.run('document.querySelector("#zoom .close").click()')
+    browser.run("""document.querySelector("[data-chart]").dispatchEvent(
+      new KeyboardEvent("keydown", {key: "Home"}))""")
+    tooltip = browser.run('document.getElementById("tooltip").textContent')
+    assert tooltip.startswith("step 0\np2r  38 %   33 – 43")
+    assert browser.complaints == []
+
+
+def test_what_the_console_says_is_heard(tmp_path, browser):
+    (tmp_path / "x.html").write_text("<script>console.log(1); nonsense()</script>")
+    browser.open(tmp_path / "x.html")
+    assert len(browser.complaints) == 2
+
+
+def test_pictures_are_made_when_their_cards_come_near(finished_run, tmp_path, browser):
+    path = write_report(finished_run, tmp_path / "report.html")
+    embedded = Page(path).pictures
+    browser.open(path)
+    made = '[...document.querySelectorAll("#pictures image")].map((i) => i.href.baseVal)'
+    # Two frames after the load every observer has spoken once.
+    frames = "requestAnimationFrame(() => requestAnimationFrame(() => { window.drawn = true; }))"
+    browser.run(f"{frames}; 0")
+    browser.wait_for("window.drawn")
+    assert browser.run(made) == []  # The window is at the top, the answers are far down.
+    browser.run('document.querySelector("#answer-cards").scrollIntoView()')
+    browser.wait_for(f"({made}).length")
+    drawn = browser.run(made)
+    assert set(drawn) < set(embedded)
+    assert len(drawn) == len(set(drawn))
+    assert browser.run('document.querySelectorAll("template").length') == len(embedded) - len(drawn)
+    width = "document.querySelector('#answer-cards .card use').getBoundingClientRect().width"
+    assert browser.run(width) > 100  # It is drawn, and not only there.
+    assert browser.complaints == []
+
+
+def test_every_filter_leaves_the_cards_it_names(finished_run, tmp_path, browser):
+    other = tmp_path / "other run"
+    shutil.copytree(finished_run / "eval", other / "eval")
+    changed = [json.loads(line) for line in (other / "eval/after.jsonl").open()]
+    for record in changed[::3]:
+        record["correct"] = 1 - record["correct"]
+    write_jsonl(other / "eval/after.jsonl", *changed)
+    path = write_report(finished_run, tmp_path / "report.html", against=other)
+    cards = [a for tag, a in Page(path).elements if tag == "article" and "data-verdict" in a]
+    browser.open(path)
+    for fields in (
+        {"verdict": "wrong"},
+        {"verdict": "right", "category": "relative_position", "mode": "p2r"},
+        {"change": "gain over other run"},
+        {"change": "harm against other run", "eval": "after"},
+        {"change": "gain over default", "verdict": "wrong"},
+        {"hit": "miss", "change": "harm against before"},
+        {},
+    ):
+        search(browser, "", **fields)
+        shown = browser.run(f"{SHOWN}.map((card) => ({{...card.dataset}}))")
+        expected = [card for card in cards if all(_has(card, *f) for f in fields.items())]
+        assert len(shown) == len(expected), fields
+        found = [{f"data-{k}": v for k, v in card.items()} for card in shown]
+        assert all(_has(card, *f) for card in found for f in fields.items()), fields
+        impossible = fields == {"change": "gain over default", "verdict": "wrong"}
+        assert bool(shown) != impossible, fields
+    assert browser.complaints == []
+
+
+def search(browser: Browser, words: str, **fields: str) -> None:
+    """Chooses filters as a person does, and shows all that is left."""
+    browser.run(f"""(() => {{
       const bar = document.querySelector("[data-gallery=answer-cards]");
-      document.querySelector("#answers .more").click();
-      document.title = bar.querySelector("output").textContent;
-      bar.querySelector("[data-field=mode]").value = "=p2r";
-      bar.querySelector("[data-search]").value = "VSTAR-003 disc";
+      bar.querySelector("[data-reset]").click();
+      for (const [name, value] of Object.entries({json.dumps(fields)})) {{
+        const field = bar.querySelector(`[data-field=${{name}}]`);
+        field.value = "=" + value;
+        if (field.value !== "=" + value) throw new Error(`no ${{name}} ${{value}}`);
+      }}
+      bar.querySelector("[data-search]").value = {json.dumps(words)};
       bar.dispatchEvent(new Event("input"));
-      document.querySelector("#answer-cards .card:not([hidden]) .zoom").click();
-      document.querySelector("[data-chart]").dispatchEvent(
-        new KeyboardEvent("keydown", {key: "Home"}));
-    </script></body>"""
-    steered = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", original)
-    (tmp_path / "steered.html").write_text(steered.replace("</body>", script), "utf-8")
-    dom, log = _dump_dom(browser, tmp_path / "steered.html", tmp_path)
-    assert "CONSOLE" not in log
-    assert f"<title>{2 * first} of {total} shown</title>" in dom
-    shown = cards_shown(dom)
-    assert len(shown) == 3  # Question 3 in every evaluation.
-    assert all('data-mode="p2r"' in card for card in shown)
-    assert re.search(r'<dialog id="zoom"[^>]* open=""', dom)
-    assert re.search(r'<div id="tooltip"[^>]*>step 0\np2r  38 %   33 – 43<', dom)
+      const more = document.querySelector("#answers > .more");
+      while (!more.hidden) more.querySelector("button").click();
+    }})()""")
 
 
-def cards_shown(dom: str) -> list[str]:
-    """Tags of the answers that no filter hides."""
-    cards = re.findall(r"<article class=\"card[^>]*>", dom)
-    return [card for card in cards if "hidden" not in card]
-
-
-def _dump_dom(browser: str, page: Path, scratch: Path) -> tuple[str, str]:
-    profile = scratch / f"profile-{page.stem}"
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-sync",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--enable-logging=stderr",
-    ]
-    result = subprocess.run(
-        [browser, *flags, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "DBUS_SESSION_BUS_ADDRESS": "disabled:"},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout, result.stderr
+def _has(card: dict[str, str | None], field: str, value: str) -> bool:
+    own = card.get(f"data-{field}")
+    return value in json.loads(own or "[]") if field == "change" else own == value

@@ -42,8 +42,8 @@ class TestUnfinishedRuns:
         assert "after unfinished default 24" in page.text
         assert "p2r · after_phase1_perceiver" in page.text
         assert "p2r · after " not in page.text
-        assert "before p2r after_phase1_perceiver p2r 24" in page.text
-        assert "after p2r 6" not in page.text  # 30 records: 24 of default, then 6 of p2r.
+        assert "before p2r after_phase1_perceiver p2r all 24" in page.text
+        assert "after p2r all 6" not in page.text  # 30 records: 24 of default, then 6 of p2r.
 
     def test_a_newer_short_evaluation_is_shown_beside_it(self, killed):
         assert "p2r · short, at step 100 71.3 % 61.3 % – 81.3 %" in Page(write_report(killed)).text

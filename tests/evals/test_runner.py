@@ -15,15 +15,9 @@ from p2r_jax.data.rows import Row
 from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.evals import launch, scoring
 from p2r_jax.evals.launch import run_evaluation
-from p2r_jax.evals.runner import (
-    MODES,
-    Decoding,
-    EvalWriter,
-    check_modes,
-    choice_letters,
-    evaluate,
-    random_boxes,
-)
+from p2r_jax.evals.modes import MODES
+from p2r_jax.evals.record_file import EvalWriter
+from p2r_jax.evals.runner import Decoding, choice_letters, evaluate
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.grading import Grader
@@ -32,7 +26,7 @@ from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
 from p2r_jax.rollout.generate import Schedule
 
-DECODING = Decoding.greedy(perceiver=7, reasoner=6, direct=5)
+DECODING = Decoding.of(perceiver=7, reasoner=6, direct=5)
 SOURCE = VisualSearch("test")
 
 
@@ -65,7 +59,7 @@ def scripted(monkeypatch):
         def __init__(self):
             self.calls = []
 
-        def __call__(self, pipeline, params, requests, images, sampling):
+        def __call__(self, pipeline, params, requests, images, sampling, seeds=None):
             texts = [pipeline.builder.processor.tokenizer.decode(r.tokens) for r in requests]
             self.calls.append((requests, texts, sampling.max_new_tokens))
             written = [self.boxes if "Find: " in text else self.answer for text in texts]
@@ -78,7 +72,7 @@ def scripted(monkeypatch):
 
 def run(pipeline, rows, modes, **options):
     batches = [[LoadedRow(row, row.load_image()) for row in rows]]
-    return evaluate(pipeline, None, batches, modes, DECODING, total=len(rows), **options)
+    return evaluate(pipeline, None, lambda: batches, modes, DECODING, total=len(rows), **options)
 
 
 # --- modes ------------------------------------------------------------------------------------
@@ -86,9 +80,7 @@ def run(pipeline, rows, modes, **options):
 
 def test_an_unknown_mode_is_named_before_any_work(pipeline):
     with pytest.raises(ValueError, match=r"unknown evaluation mode.*\['p2rr'\].*oracle_box"):
-        evaluate(pipeline, None, iter(()), ["p2r", "p2rr"], DECODING, total=0)
-    with pytest.raises(ValueError, match="unknown evaluation mode"):
-        check_modes([])
+        evaluate(pipeline, None, lambda: [], ["p2r", "p2rr"], DECODING, total=0)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +90,11 @@ def test_an_unknown_mode_is_named_before_any_work(pipeline):
         ("baseline", ["Whole: "], [6], [1]),
         ("p2r", ["Find: ", "Zoomed: "], [7, 6], [1, 2]),
         ("oracle_box", ["Zoomed: "], [6], [2]),
-        ("random_box", ["Zoomed: "], [6], [2]),
+        ("random_box", ["Find: ", "Zoomed: "], [7, 6], [1, 2]),
+        ("grid", ["Zoomed: "], [6], [5]),
+        ("annotated_only", ["Find: ", "Zoomed: "], [7, 6], [1, 1]),
+        ("crops_only", ["Find: ", "Zoomed: "], [7, 6], [1, 1]),
+        ("p2r:crops=0", ["Find: ", "Whole: "], [7, 6], [1, 1]),
     ],
 )
 def test_each_mode_asks_its_roles(pipeline, scripted, mode, words, limits, views):
@@ -117,19 +113,6 @@ def test_oracle_boxes_are_the_true_ones(pipeline, scripted):
     assert [tuple(b["bbox_2d"]) for b in record["boxes"]] == list(SOURCE[3].boxes)
 
 
-def test_random_boxes_have_the_true_size_and_depend_on_row_and_seed_only():
-    true = [(100.0, 200.0, 250.0, 260.0), (0.0, 0.0, 1000.0, 5.0)]
-    first, again = random_boxes("a", true, 0), random_boxes("a", true, 0)
-    assert first == again
-    for box, (x1, y1, x2, y2) in zip(first, true, strict=True):
-        left, top, right, bottom = box.bbox_2d
-        assert (right - left, bottom - top) == pytest.approx((x2 - x1, y2 - y1))
-        assert 0 <= left <= right <= 1000 + 1e-9
-        assert 0 <= top <= bottom <= 1000 + 1e-9
-    assert random_boxes("b", true, 0) != first
-    assert random_boxes("a", true, 1) != first
-
-
 def test_rows_without_true_boxes_are_left_out_of_box_modes(pipeline, scripted):
     image = np.zeros((64, 64, 3), np.uint8)
     bare = Row("bare", "red?", "A", "mca", ("a", "b"), image_source=image)
@@ -138,6 +121,7 @@ def test_rows_without_true_boxes_are_left_out_of_box_modes(pipeline, scripted):
         ("default", True),
         ("default", False),
         ("oracle_box", False),
+        ("random_box", True),
         ("random_box", False),
     ]
     assert run(pipeline, [bare], ["oracle_box"]) == []
@@ -154,7 +138,7 @@ class TestLiveModes:
         """What each role was played by, in the order of the calls."""
         played = []
 
-        def complete(pipeline, params, requests, images, sampling):
+        def complete(pipeline, params, requests, images, sampling, seeds=None):
             text = pipeline.builder.processor.tokenizer.decode(requests[0].tokens)
             perceiver = "Find: " in text
             played.append(("perceiver" if perceiver else "reasoner", params))
@@ -169,7 +153,9 @@ class TestLiveModes:
 
     def evaluate(self, pipeline, modes, batches=1, partner="frozen"):
         rows = [[LoadedRow(SOURCE[i], SOURCE[i].load_image())] for i in range(batches)]
-        return evaluate(pipeline, "live", rows, modes, DECODING, total=batches, partner=partner)
+        return evaluate(
+            pipeline, "live", lambda: rows, modes, DECODING, total=batches, partner=partner
+        )
 
     @pytest.mark.parametrize(
         "mode, perceiver, reasoner",
@@ -213,8 +199,6 @@ class TestLiveModes:
     def test_without_frozen_weights_they_are_unknown(self, pipeline):
         with pytest.raises(ValueError, match=r"unknown evaluation mode.*\['live_reasoner'\]"):
             self.evaluate(pipeline, ["p2r", "live_reasoner"], partner=None)
-        with pytest.raises(ValueError, match="live_perceiver, live_reasoner"):
-            check_modes(["guess"], partner=True)
 
 
 # --- grading ----------------------------------------------------------------------------------
@@ -225,7 +209,7 @@ def row(answer: str, form: str = "mca", options=("a", "b", "c", "d")) -> Row:
     return Row("row", "red?", answer, form, tuple(options), ((0, 0, 500, 500),), "", image)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "shuffled_box"])
 @pytest.mark.parametrize(
     "answer, in_default, elsewhere",
     [("<answer>B</answer>", 1.0, 1.0), ("B", 1.0, 0.0), ("<answer>C</answer>", 0.0, 0.0)],
@@ -399,7 +383,7 @@ def test_a_verifier_without_work_need_not_be_there(evaluation, scripted):
 def test_a_model_may_judge_itself(evaluation, monkeypatch):
     asked = []
 
-    def complete(pipeline, params, requests, images, sampling):
+    def complete(pipeline, params, requests, images, sampling, seeds=None):
         texts = [pipeline.builder.processor.tokenizer.decode(r.tokens) for r in requests]
         asked.append((params, [len(r.views) for r in requests]))
         judging = all("<student>" in text for text in texts)
@@ -422,13 +406,16 @@ def test_a_model_that_cannot_judge_is_refused(evaluation):
 
 def test_records_are_what_scoring_reads(pipeline, scripted):
     records = run(pipeline, [SOURCE[i] for i in range(4)], MODES)
-    assert [r["mode"] for r in records] == [m for m in MODES for _ in range(4)]
+    # What needs another question's boxes comes after all others.
+    ordered = sorted(MODES, key=lambda mode: mode == "shuffled_box")
+    assert [r["mode"] for r in records] == [m for m in ordered for _ in range(4)]
     modes = scoring.summarize_modes("x", json.loads(json.dumps(records)))["modes"]
     assert set(modes) == set(MODES)
     for mode, summary in modes.items():
         assert summary["n"] == 4
-        assert summary["perceiver_n"] == (4 if mode == "p2r" else 0)
-        assert (summary["hit_rate"] is not None) == (mode == "p2r")
+        perceives = mode in ("p2r", "annotated_only", "crops_only")
+        assert summary["perceiver_n"] == (4 if perceives else 0)
+        assert (summary["hit_rate"] is not None) == perceives
     assert modes["p2r"]["parse_ok_rate"] == 1.0
     assert modes["default"]["parse_ok_rate"] is None
     assert modes["oracle_box"]["boxes_per_sample"] == 1.0
@@ -461,8 +448,8 @@ def test_the_real_model_runs_every_mode_and_batches_change_nothing(pipeline, mod
         evaluate(
             pipeline,
             model[1],
-            evaluation_batches(SOURCE, batch, 5),
-            ["p2r", "random_box"],
+            lambda batch=batch: evaluation_batches(SOURCE, batch, 5),
+            ["p2r", "random_box", "shuffled_box"],
             DECODING,
             total=5,
         )
@@ -472,5 +459,5 @@ def test_the_real_model_runs_every_mode_and_batches_change_nothing(pipeline, mod
         {(r["id"], r["mode"]): (r["perceiver_text"], r["reasoner_text"]) for r in records}
         for records in runs
     ]
-    assert len(runs[0]) == 10
+    assert len(runs[0]) == 15
     assert by_question[0] == by_question[1]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from p2r_jax.qwen3_vl.processor import ImageSizes
 from p2r_jax.roles import boxes as geometry
 from p2r_jax.roles.boxes import Box
-from p2r_jax.roles.evidence import gather_evidence, plain_view
+from p2r_jax.roles.evidence import Shown, gather_evidence, plain_view
 
 SIZES = ImageSizes(patch=16, merge=2, min_pixels=4096, max_pixels=2_097_152)
 HEIGHT, WIDTH = 900, 1600
@@ -17,7 +17,7 @@ BOXES = [Box((100.0 * i, 200, 100.0 * i + 80, 300), f"box {i}") for i in range(5
 
 
 def gather(boxes, height=HEIGHT, width=WIDTH, sizes=SIZES, **options):
-    return gather_evidence(height, width, boxes, sizes, **options)
+    return gather_evidence(height, width, boxes, sizes, Shown(**options))
 
 
 def test_the_overview_comes_first_and_shows_the_whole_image():
@@ -109,3 +109,33 @@ def test_whatever_was_parsed_gives_views_inside_the_image(corners, height, width
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
         assert all(side % 32 == 0 and side > 0 for side in view.target)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_any_number_of_boxes_can_be_cropped(count):
+    evidence = gather(BOXES, crops=count)
+    assert len(evidence.views) == 1 + count
+    assert evidence.found is (count > 0)
+    assert len(evidence.views[0].outlines) == (len(BOXES) if count else 0)
+
+
+def test_the_outlined_image_can_be_shown_alone():
+    evidence = gather(BOXES, show_crops=False)
+    assert evidence.found
+    assert evidence.views == gather(BOXES).views[:1]
+
+
+def test_crops_can_be_shown_alone():
+    assert gather(BOXES, overview="none").views == gather(BOXES).views[1:]
+    nothing = gather([], overview="none")
+    assert nothing.views == (plain_view(HEIGHT, WIDTH, SIZES),)
+    assert not nothing.found
+
+
+def test_a_smaller_budget_holds_for_every_view():
+    small = gather(BOXES, budget=0.5, overview="plain")
+    for view, full in zip(small.views, gather(BOXES).views, strict=True):
+        height, width = view.target
+        assert height * width <= SIZES.max_pixels / 2
+        assert view.crop == full.crop
+        assert not view.outlines

@@ -64,7 +64,7 @@ def scripted(monkeypatch, perceiver: str, reasoner: str) -> list[Request]:
     """Let the model write these texts; returns the requests it will get."""
     seen: list[Request] = []
 
-    def complete(self, params, requests, images, sampling):
+    def complete(self, params, requests, images, sampling, seeds=None):
         seen.extend(requests)
         return [Completion(perceiver if len(seen) == 1 else reasoner, ()) for _ in requests]
 
