@@ -51,9 +51,9 @@ GIB = 2**30
 MAX_SHARD_BYTES = {"tiny": 40 * 10**6}
 """Otherwise 2 GB: several files of each size."""
 STAGE_GATE = 3e-6
-"""Relative L2 of every stage and of the logits in float32, as in the parity tests. At the depth of
-2B it grows from 1.1e-6 (vision) to 2.0e-6 (logits); a wrong epsilon, the smallest mistake that the
-parity tests know, makes 6.6e-6."""
+"""Relative L2 of every stage and of the logits in float32, as in the parity tests. Through 2B it
+grows from 1.1e-6 (vision) to 2.0e-6 (logits); a wrong epsilon, the smallest mistake that the parity
+tests know, makes 6.6e-6."""
 
 
 # --- steps ------------------------------------------------------------------------------------

@@ -242,9 +242,7 @@ class TestSeveralAnswers:
         assert [s["accuracy"] for s in found["pass"].values()] == pytest.approx(
             [1 / 6, 1 / 3, 2 / 3]
         )
-        assert [s["accuracy"] for s in found["maj"].values()] == pytest.approx(
-            [1 / 3, 1 / 3, 0]
-        )
+        assert [s["accuracy"] for s in found["maj"].values()] == pytest.approx([1 / 3, 1 / 3, 0])
         summary = summarize(records)
         assert summary["sampled"] == found
         assert summary["accuracy"] == pytest.approx(4 / 14)
