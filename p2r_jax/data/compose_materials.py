@@ -200,7 +200,9 @@ def gather(photos: Path, objects: Path, seed: int) -> Materials:
 def clean_noun(text: str) -> str | None:
     """The noun in a name: "A fire engine." -> "fire engine"; None if no question can use it."""
     words = re.sub(r"[_\s]+", " ", text.strip()).strip(" .!?").split(" ")
-    article = words[0].lower() in ("a", "an")
+    article = 0
+    while words[article:] and words[article].lower() in ("a", "an"):
+        article += 1
     if (
         text.strip().endswith((".", "!", "?")) and not article
     ):  # a sentence: a mass, a plural, "Sad!"

@@ -32,6 +32,8 @@ from p2r_jax.qwen3_vl.tensor_files import (
 )
 
 MAX_SHARD_BYTES = 5 * 10**9
+WORTH_SHARING_BYTES = 10**9
+"""Smaller files are not made only for several processes to have one each."""
 
 
 def export(
@@ -63,8 +65,8 @@ def export(
     }
     tensors = [(name, p.hf_shape) for name, (p, _) in source.items()]
     total = sum(math.prod(shape) for _, shape in tensors) * dtype.itemsize
-    # A file or more for every process, unless single tensors are larger than its share.
-    most = min(max_shard_bytes, -(-total // jax.process_count()))
+    # A file or more for every process, if there is enough to share.
+    most = min(max_shard_bytes, max(WORTH_SHARING_BYTES, -(-total // jax.process_count())))
     files = split_in_files(tensors, dtype.itemsize, most)
     with new_folder(path, files_from, overwrite) as folder, _Files(folder, files, dtype) as out:
         with bytes_bar(f"writing {path.name}", total, progress) as advance:

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
@@ -50,6 +50,7 @@ def test_nouns(text, noun):
     assert clean_noun(text) == noun
 
 
+@example("A_A_A")
 @given(st.text(max_size=40) | st.from_regex(r"(A |an )?[a-z]{1,9}([ _-][a-z]{1,9}){0,4}[.!s]?"))
 def test_any_text_is_a_usable_noun_or_none(text):
     noun = clean_noun(text)
