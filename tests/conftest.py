@@ -7,9 +7,15 @@ import importlib.metadata
 import os
 import sys
 
+import hypothesis
 import pytest
 
 from tests.compilers import FOLDER
+
+# The same examples everywhere: what passes here passes where it is merged. New ones are drawn with
+# `pytest --hypothesis-profile default`.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 _flags = ["--xla_force_host_platform_device_count=8"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
