@@ -175,9 +175,13 @@ def test_if_one_dies_the_other_says_so_and_both_go_on_later(two, folder, tiny_ch
     processes = Processes(run, tiny_checkpoint, devices=4, count=2)
     processes.until_step(1)
     processes.all[1].send_signal(signal.SIGKILL)
-    codes = processes.wait(seconds=60)
-    assert codes == [EXIT_RESTART, -signal.SIGKILL], processes.output()
-    assert "most likely because one of them ended" in processes.output(0)
+    codes = processes.wait(seconds=300)
+    assert codes[1] == -signal.SIGKILL
+    # A computation with the other fails at once. Who waits for the coordinator instead hears of it
+    # after distributed.heartbeat_seconds, and JAX ends that process itself.
+    assert codes[0] in (EXIT_RESTART, -signal.SIGABRT), processes.output()
+    if codes[0] == EXIT_RESTART:
+        assert "most likely because one of them ended" in processes.output(0)
     assert not (run / "export").exists()
 
     Processes(run, tiny_checkpoint, devices=4, count=2).finish()
