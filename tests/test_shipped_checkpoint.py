@@ -46,7 +46,9 @@ def test_it_is_the_weak_start_that_the_readme_describes():
     pipeline = Pipeline.create(graph, processor, prompts, BUCKETS, schedule=Schedule(slots=64))
     batches = evaluation_batches(VisualSearch("test", seed=0), 64, 128)
     modes = ("default", "p2r", "oracle_box")
-    records = evaluate(pipeline, params, lambda: batches, modes, Decoding.of(28, 10, 16), total=128)
+    records = evaluate(
+        pipeline, params, lambda wanted: batches, modes, Decoding.of(28, 10, 16), total=128
+    )
     summary = summarize_modes("", records)["modes"]
     assert 0.3 < summary["p2r"]["hit_rate"] < 0.75
     assert summary["oracle_box"]["accuracy"] > 0.55

@@ -231,6 +231,16 @@ def stem_name(stem: str) -> str | None:
     return re.sub(r"[\d_-]+", " ", stem).strip() or None
 
 
+def _sha256_of_new(path: Path, seen: set[str], skips: Counter[str]) -> str | None:
+    """Of a file whose content was not seen before; None, counted, for a copy."""
+    sha256 = _sha256(path)
+    if sha256 in seen:
+        skips["a copy of another"] += 1
+        return None
+    seen.add(sha256)
+    return sha256
+
+
 def _find_photos(folder: Path, skips: Counter[str]) -> list[Photo]:
     found = []
     seen: set[str] = set()
@@ -244,11 +254,9 @@ def _find_photos(folder: Path, skips: Counter[str]) -> list[Photo]:
         if min(size) < MIN_PHOTO_SIDE:
             skips[f"below {MIN_PHOTO_SIDE} pixels"] += 1
             continue
-        sha256 = _sha256(path)
-        if sha256 in seen:
-            skips["a copy of another"] += 1
+        sha256 = _sha256_of_new(path, seen, skips)
+        if sha256 is None:
             continue
-        seen.add(sha256)
         name = path.relative_to(folder).as_posix()
         found.append(Photo(path, name, sha256, size, find_licence(path, folder)))
     return found
@@ -266,11 +274,9 @@ def _find_cutouts(folder: Path, skips: Counter[str]) -> list[Cutout]:
         if noun is None:
             skips["no name a question can use"] += 1
             continue
-        sha256 = _sha256(path)
-        if sha256 in seen:
-            skips["a copy of another"] += 1
+        sha256 = _sha256_of_new(path, seen, skips)
+        if sha256 is None:
             continue
-        seen.add(sha256)
         problem = _unfit(path)
         if problem:
             skips[problem] += 1

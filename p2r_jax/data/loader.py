@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +121,19 @@ def evaluation_batches(
     limit: int,
     offset: int = 0,
     unreadable: Unreadable | None = None,
+    wanted: Callable[[Row], bool] = lambda row: True,
 ) -> Iterator[list[LoadedRow]]:
     """Rows `offset` to `offset + limit` in order; the last batch may be short.
 
-    unreadable: as for `training_batches`; such rows are left out.
+    unreadable: as for `training_batches`; such rows are left out. wanted: asked of each row before
+    its image is read; the others are left out too, and move no row to another batch.
     """
     bad = unreadable or Unreadable()
     stop = min(offset + limit, len(source))
     for begin in range(offset, stop, batch):
         loaded = []
-        for row in (source[i] for i in range(begin, min(begin + batch, stop))):
+        rows = (source[i] for i in range(begin, min(begin + batch, stop)))
+        for row in filter(wanted, rows):
             try:
                 loaded.append(LoadedRow(row, _image(row)))
             except RowError as error:

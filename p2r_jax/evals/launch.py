@@ -128,7 +128,9 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
     records = evaluate(
         pipeline,
         params,
-        lambda: evaluation_batches(source, config.batch, total, config.offset),
+        lambda wanted: evaluation_batches(
+            source, config.batch, total, config.offset, wanted=wanted
+        ),
         config.modes,
         decoding,
         total=total,

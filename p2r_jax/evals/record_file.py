@@ -23,12 +23,6 @@ from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.render import crops
 
 Record = dict[str, Any]
-Key = tuple[str, str, int]
-"""(row id, mode, sample)."""
-
-
-def key_of(record: Record) -> Key:
-    return record["id"], record["mode"], record.get("sample", 0)
 
 
 class EvalWriter:

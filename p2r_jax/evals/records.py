@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 from p2r_jax.evals.answer_rules import RULES, Form, authors, options_in
 
 Record: TypeAlias = Mapping[str, Any]
+Key: TypeAlias = tuple[str, str, int]
+"""(row id, mode, sample)."""
 
 
 def verdict(record: Record) -> int:
@@ -28,6 +30,11 @@ def verdict(record: Record) -> int:
 def sample_of(record: Record) -> int:
     """Which of several answers to a question this is; 0 if there is one."""
     return record.get("sample") or 0
+
+
+def key_of(record: Record) -> Key:
+    """What tells a record from all others of an evaluation."""
+    return record["id"], record["mode"], sample_of(record)
 
 
 def rotation(record: Record) -> Hashable | None:

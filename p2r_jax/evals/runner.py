@@ -16,7 +16,8 @@ from rich.progress import Progress
 from p2r_jax.data.loader import LoadedRow
 from p2r_jax.data.rows import Row
 from p2r_jax.evals.modes import GRID, Mode, donors, parse_modes, random_boxes
-from p2r_jax.evals.record_file import Key, Record, key_of
+from p2r_jax.evals.record_file import Record
+from p2r_jax.evals.records import Key, key_of
 from p2r_jax.evals.scoring import box_figures
 from p2r_jax.parallel.multihost import is_main
 from p2r_jax.roles.answers import (
@@ -87,7 +88,7 @@ class Seconds:
 def evaluate(
     pipeline: Pipeline,
     params: nnx.State,
-    batches: Callable[[], Iterable[list[LoadedRow]]],
+    batches: Callable[[Callable[[Row], bool]], Iterable[list[LoadedRow]]],
     modes: Sequence[str],
     decoding: Decoding,
     *,
@@ -103,7 +104,8 @@ def evaluate(
 ) -> list[Record]:
     """One record per question, mode and sample, in the layout that `scoring` and `report` read.
 
-    batches: called for each pass over the questions; a second one is only for `shuffled_box`.
+    batches: called for each pass over the questions (a second one is only for `shuffled_box`) with
+    what tells whether a row has anything to answer, so that no other image is read.
     grader: default, one without a verifier; free text then raises ValueError, so check
     `answer_forms` of the source first. on_record is called with each new record as soon as its
     batch is done. earlier: records that need not be made again; they come first in what is
@@ -124,7 +126,14 @@ def evaluate(
         for group in filter(None, (first, second)):
             if group is second:
                 run.take_boxes(records)
-            for batch in run.timed(batches()):
+
+            def wanted(row: Row, group: Sequence[Mode] = group) -> bool:
+                missing = any(run.missing(row, mode, done) for mode in group)
+                if not missing:
+                    progress.advance(task)
+                return missing
+
+            for batch in run.timed(batches(wanted)):
                 for record, loaded in run.batch(batch, group, done):
                     on_record(record, loaded)
                     records.append(record)
@@ -192,7 +201,11 @@ class _Run:
             (mode, sample, rows)
             for mode in modes
             for sample in self.samples
-            if (rows := self._missing(batch, mode, sample, done))
+            if (
+                rows := [
+                    i for i, b in enumerate(batch) if sample in self.missing(b.row, mode, done)
+                ]
+            )
         ]
         if not wanted:
             return
@@ -204,14 +217,11 @@ class _Run:
         for mode, sample, rows in wanted:
             yield from self._answer(batch, images, mode, sample, rows, perceived)
 
-    def _missing(
-        self, batch: list[LoadedRow], mode: Mode, sample: int, done: Collection[Key]
-    ) -> list[int]:
-        return [
-            i
-            for i, b in enumerate(batch)
-            if (b.row.id, mode.name, sample) not in done and (mode.boxes != "true" or b.row.boxes)
-        ]
+    def missing(self, row: Row, mode: Mode, done: Collection[Key]) -> list[int]:
+        """Samples of a row that are to be answered in this mode."""
+        if mode.boxes == "true" and not row.boxes:
+            return []
+        return [s for s in self.samples if (row.id, mode.name, s) not in done]
 
     def _answer(
         self,

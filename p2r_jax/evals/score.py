@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from p2r_jax.evals.comparing import compare
-from p2r_jax.evals.records import Record, chosen, is_choice, sample_of
+from p2r_jax.evals.records import Key, Record, chosen, is_choice, key_of
 from p2r_jax.evals.scoring import (
     by_mode,
     format_table,
@@ -69,7 +69,7 @@ def read_records(path: Path) -> Reading:
         raise FileNotFoundError(f"no file of records at {path}{there}")
     lines = path.read_text("utf-8", errors="replace").split("\n")
     numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    found: dict[Key, dict[str, Any]] = {}
     damaged = repeated = 0
     for place, line in numbered:
         record = _object(line)
@@ -81,7 +81,7 @@ def read_records(path: Path) -> Reading:
         lacking = [name for name in ("id", "mode") if not isinstance(record.get(name), str)]
         if lacking:
             raise ValueError(f"{path}, line {place}: no {' and no '.join(lacking)}: not a record")
-        key = (record["id"], record["mode"], sample_of(record))
+        key = key_of(record)
         if key in found:
             if _content(found[key]) != _content(record):
                 raise ValueError(

@@ -66,7 +66,7 @@ class Evaluations:
         records = evaluate(
             self.pipeline,
             params,
-            lambda: self._batches(settings.questions),
+            lambda _: self._batches(settings.questions),
             settings.modes,
             self.decoding,
             total=settings.questions,
@@ -100,7 +100,7 @@ class Evaluations:
         records = evaluate(
             self.pipeline,
             params,
-            lambda: self._batches(settings.final_questions),
+            lambda _: self._batches(settings.final_questions),
             self._modes(name),
             self.decoding,
             total=settings.final_questions,

@@ -146,7 +146,13 @@ def main() -> None:
 
     def ours(seconds: Seconds | None = None) -> list[tuple[str, str]]:
         records = evaluate(
-            pipeline, params, lambda: batches, ["p2r"], decoding, total=len(rows), seconds=seconds
+            pipeline,
+            params,
+            lambda _: batches,
+            ["p2r"],
+            decoding,
+            total=len(rows),
+            seconds=seconds,
         )
         return [(r["perceiver_text"], r["reasoner_text"]) for r in records]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from p2r_jax import cli
+from p2r_jax.data.rows import Row
 from p2r_jax.evals import launch
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +71,7 @@ class TestResume:
     ):
         copy_of(whole, tmp_path, 36)
         monkeypatch.setattr(launch.Pipeline, "complete", None)
+        monkeypatch.setattr(Row, "load_image", None)  # Nor does it read an image.
         assert evaluate(tiny_checkpoint, tmp_path, "--resume", "true") == 0
 
     def test_an_unfinished_one_is_not_overwritten_unasked(

@@ -72,7 +72,7 @@ def scripted(monkeypatch):
 
 def run(pipeline, rows, modes, **options):
     batches = [[LoadedRow(row, row.load_image()) for row in rows]]
-    return evaluate(pipeline, None, lambda: batches, modes, DECODING, total=len(rows), **options)
+    return evaluate(pipeline, None, lambda _: batches, modes, DECODING, total=len(rows), **options)
 
 
 # --- modes ------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def run(pipeline, rows, modes, **options):
 
 def test_an_unknown_mode_is_named_before_any_work(pipeline):
     with pytest.raises(ValueError, match=r"unknown evaluation mode.*\['p2rr'\].*oracle_box"):
-        evaluate(pipeline, None, lambda: [], ["p2r", "p2rr"], DECODING, total=0)
+        evaluate(pipeline, None, lambda _: [], ["p2r", "p2rr"], DECODING, total=0)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ class TestLiveModes:
     def evaluate(self, pipeline, modes, batches=1, partner="frozen"):
         rows = [[LoadedRow(SOURCE[i], SOURCE[i].load_image())] for i in range(batches)]
         return evaluate(
-            pipeline, "live", lambda: rows, modes, DECODING, total=batches, partner=partner
+            pipeline, "live", lambda _: rows, modes, DECODING, total=batches, partner=partner
         )
 
     @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_the_real_model_runs_every_mode_and_batches_change_nothing(pipeline, mod
         evaluate(
             pipeline,
             model[1],
-            lambda batch=batch: evaluation_batches(SOURCE, batch, 5),
+            lambda _, batch=batch: evaluation_batches(SOURCE, batch, 5),
             ["p2r", "random_box", "shuffled_box"],
             DECODING,
             total=5,

@@ -246,6 +246,11 @@ def to_hf(model: Qwen3VL, state: Any) -> dict[str, np.ndarray]:
     return out
 
 
+def tensors_of(model: Qwen3VL) -> dict[str, np.ndarray]:
+    """Parameters of the port under their Hugging Face names and shapes."""
+    return to_hf(model, nnx.state(model, nnx.Param))
+
+
 def relative_l2(actual: Any, expected: Any) -> float:
     actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
     assert actual.shape == expected.shape

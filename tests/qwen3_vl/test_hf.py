@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -17,13 +16,13 @@ import torch
 import transformers
 from flax import nnx
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from p2r_jax.parallel.mesh import make_mesh, parameter_shardings
 from p2r_jax.qwen3_vl import Qwen3VLConfig, forward_hf, hf, load_pretrained, save_pretrained
-from p2r_jax.qwen3_vl.names import TABLE, canonical_name, flat_state, parameters
-from p2r_jax.qwen3_vl.tensor_files import TensorFolder, TensorWriter
-from tests.qwen3_vl.reference import relative_l2, scenario, to_hf, torch_logits
+from p2r_jax.qwen3_vl.names import flat_state, parameters
+from p2r_jax.qwen3_vl.tensor_files import TensorFolder
+from tests.qwen3_vl.reference import relative_l2, scenario, tensors_of, torch_logits
 
 PUBLISHED = {
     # size: tensors, parameters, parameters of the vision tower
@@ -36,15 +35,6 @@ PUBLISHED = {
 
 def published_config(size: str) -> dict:
     return json.loads((Path(__file__).parent / "configs" / f"config_{size}.json").read_text())
-
-
-def bits(x) -> np.ndarray:
-    x = np.asarray(x)
-    return x.view(f"u{x.dtype.itemsize}")
-
-
-def tensors_of(model) -> dict[str, np.ndarray]:
-    return to_hf(model, nnx.state(model, nnx.Param))
 
 
 def torch_parameters(model) -> dict[str, torch.Tensor]:
@@ -177,273 +167,6 @@ class TestShards:
         gone.unlink()
         with pytest.raises(FileNotFoundError, match=gone.name):
             load_pretrained(out)
-
-
-class TestSaving:
-    def test_an_existing_folder_is_never_overwritten(self, pairs, tmp_path):
-        with pytest.raises(FileExistsError, match="choose another folder"):
-            save_pretrained(pairs["compact"].model, tmp_path)
-
-    def test_a_failed_export_leaves_nothing_behind(self, pairs, tmp_path, monkeypatch):
-        monkeypatch.setattr(TensorWriter, "write", _disk_full)
-        with pytest.raises(OSError, match="disk full"):
-            save_pretrained(pairs["compact"].model, tmp_path / "out")
-        assert list(tmp_path.iterdir()) == []
-
-    def test_replacing_leaves_the_old_export_until_the_new_one_is_whole(
-        self, pairs, tmp_path, monkeypatch
-    ):
-        out = tmp_path / "out"
-        save_pretrained(pairs["compact"].model, out, dtype="float32")
-        before = (out / "model.safetensors").read_bytes()
-        with monkeypatch.context() as patch:
-            patch.setattr(TensorWriter, "write", _disk_full)
-            with pytest.raises(OSError, match="disk full"):
-                save_pretrained(pairs["compact"].model, out, overwrite=True)
-        assert (out / "model.safetensors").read_bytes() == before
-        save_pretrained(pairs["compact"].model, out, overwrite=True)
-        assert (out / "model.safetensors").stat().st_size < len(before)
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-    @pytest.mark.parametrize("moment", ["between the renames", "before the second one"])
-    def test_a_kill_while_it_is_replaced_loses_nothing(self, pairs, tmp_path, monkeypatch, moment):
-        model, out = pairs["compact"].model, tmp_path / "out"
-        save_pretrained(model, out, dtype="float32")
-        before = (out / "model.safetensors").read_bytes()
-        replace, killed = os.replace, []
-
-        def dying(source, target):
-            if Path(target) == out and Path(source).name.endswith(".partial"):
-                killed.append(target)
-                raise KeyboardInterrupt
-            if killed and moment == "between the renames":
-                raise SystemExit  # Nothing runs any more.
-            replace(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", dying)
-            with pytest.raises((KeyboardInterrupt, SystemExit)):
-                save_pretrained(model, out, overwrite=True)
-        assert killed
-        # Whatever is left, a next call that fails too must not cost the old export.
-        with monkeypatch.context() as patch:
-            patch.setattr(TensorWriter, "write", _disk_full)
-            with pytest.raises(OSError, match="disk full"):
-                save_pretrained(model, out, overwrite=True)
-        assert (out / "model.safetensors").read_bytes() == before
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-    def test_a_link_stays_a_link(self, pairs, tmp_path):
-        big, link = tmp_path / "big", tmp_path / "out"
-        save_pretrained(pairs["compact"].model, big, dtype="float32")
-        link.symlink_to(big)
-        size = (big / "model.safetensors").stat().st_size
-        for _ in range(2):
-            save_pretrained(pairs["compact"].model, link, overwrite=True)
-        assert link.is_symlink()
-        assert (big / "model.safetensors").stat().st_size < size
-        assert {path.name for path in tmp_path.iterdir()} == {"big", "out"}
-
-    def test_a_file_in_its_place_is_not_replaced(self, pairs, tmp_path):
-        (tmp_path / "out").write_text("mine")
-        with pytest.raises(FileExistsError):
-            save_pretrained(pairs["compact"].model, tmp_path / "out", overwrite=True)
-        assert (tmp_path / "out").read_text() == "mine"
-
-    def test_what_cannot_be_carried_along_is_known_before_the_work(
-        self, pairs, tmp_path, monkeypatch
-    ):
-        monkeypatch.setattr(TensorWriter, "write", None)
-        with pytest.raises(FileNotFoundError, match="gone"):
-            save_pretrained(pairs["compact"].model, tmp_path / "out", files_from=tmp_path / "gone")
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_type_that_cannot_be_written_is_named(self, pairs, tmp_path):
-        with pytest.raises(ValueError, match=r"written as int8: choose one of .*bfloat16"):
-            save_pretrained(pairs["compact"].model, tmp_path / "out", dtype="int8")
-        assert list(tmp_path.iterdir()) == []
-
-    def test_what_a_killed_export_left_is_in_nobodys_way(self, pairs, tmp_path):
-        left = tmp_path / ".out.partial"
-        left.mkdir()
-        (left / "model.safetensors").write_text("half")
-        save_pretrained(pairs["compact"].model, tmp_path / "out")
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        load_pretrained(tmp_path / "out")
-
-    def test_tokenizer_and_processor_files_come_along(self, pairs, tmp_path):
-        source = tmp_path / "source"
-        source.mkdir()
-        carried = {"tokenizer.json", "merges.txt", "chat_template.jinja", "generation_config.json"}
-        left = {"config.json", "model.safetensors.index.json", "old.safetensors", "trainer.pt"}
-        for name in carried | left:
-            (source / name).write_text("theirs")
-        save_pretrained(pairs["compact"].model, tmp_path / "out", files_from=source)
-        out = {path.name for path in (tmp_path / "out").iterdir()}
-        assert out == carried | {"config.json", "model.safetensors"}
-        assert (tmp_path / "out" / "config.json").read_text() != "theirs"
-
-
-def _disk_full(*_, **__):
-    raise OSError("disk full")
-
-
-@pytest.fixture
-def editable(pairs, tmp_path):
-    """A copy of the tied checkpoint, and a function that rewrites its tensors."""
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(pairs["compact"].folder, folder)
-
-    def edit(change):
-        file = folder / "model.safetensors"
-        tensors = load_file(file)
-        replaced = change(tensors)
-        save_file(tensors if replaced is None else replaced, file, metadata={"format": "pt"})
-        return folder
-
-    return edit
-
-
-class TestForeignNames:
-    @pytest.mark.parametrize(
-        "old, new",
-        [
-            ("model.visual.", "visual."),
-            ("model.language_model.", "language_model.model."),
-            ("model.language_model.", "model."),
-        ],
-    )
-    def test_prefixes_of_other_exporters_are_understood(self, editable, pairs, old, new):
-        folder = editable(
-            lambda tensors: {
-                new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items()
-            }
-        )
-        ours = tensors_of(load_pretrained(folder, dtype="float32"))
-        for name, value in tensors_of(pairs["compact"].model).items():
-            np.testing.assert_array_equal(ours[name], value)
-
-    def test_canonical_names_are_left_alone(self):
-        names = [e.hf.format(i=0) for e in TABLE]
-        assert [canonical_name(n) for n in names] == names
-        assert canonical_name("language_model.lm_head.weight") == "lm_head.weight"
-
-
-class TestRefusals:
-    EMBEDDING = "model.language_model.embed_tokens.weight"
-    NORM = "model.language_model.norm.weight"
-
-    def test_everything_wrong_is_listed_at_once(self, editable):
-        def spoil(tensors):
-            del tensors[self.NORM]
-            del tensors["model.visual.merger.norm.bias"]
-            tensors["model.language_model.layers.3.mlp.up_proj.weight"] = np.ones((2, 2), "f4")
-            tensors["model.visual.pos_embed.weight"] = np.ones((49, 95), "f4")
-
-        with pytest.raises(ValueError, match=r"does not match its config\.json \(4\)") as error:
-            load_pretrained(editable(spoil))
-        message = str(error.value)
-        assert f"missing: {self.NORM}" in message
-        assert "missing: model.visual.merger.norm.bias" in message
-        assert "unexpected: model.language_model.layers.3.mlp.up_proj.weight" in message
-        assert "shape of model.visual.pos_embed.weight: (49, 95) in the file, (49, 96)" in message
-
-    def test_a_long_list_says_how_much_it_leaves_out(self, editable):
-        folder = editable(lambda tensors: {self.NORM: tensors[self.NORM]})
-        with pytest.raises(ValueError, match=r"\.\.\. and \d+ more"):
-            load_pretrained(folder)
-
-    def test_one_tensor_under_two_names_is_refused(self, editable):
-        folder = editable(lambda t: t.update({"model.norm.weight": t[self.NORM] + 1}))
-        with pytest.raises(ValueError, match=rf"{self.NORM} .*twice"):
-            load_pretrained(folder)
-
-    def test_a_redundant_tied_head_is_accepted_if_equal(self, editable, pairs):
-        folder = editable(lambda t: t.update({"lm_head.weight": t[self.EMBEDDING].copy()}))
-        model = load_pretrained(folder, dtype="float32")
-        assert model.lm_head is None
-        np.testing.assert_array_equal(
-            bits(model.unembedding), bits(pairs["compact"].model.unembedding)
-        )
-
-    def test_a_redundant_tied_head_is_refused_if_different(self, editable):
-        folder = editable(lambda t: t.update({"lm_head.weight": t[self.EMBEDDING] + 1e-3}))
-        with pytest.raises(ValueError, match=r"unexpected: lm_head\.weight"):
-            load_pretrained(folder)
-
-    def test_a_tied_head_without_its_embedding_is_refused(self, editable):
-        folder = editable(lambda t: t.update({"lm_head.weight": t.pop(self.EMBEDDING)}))
-        with pytest.raises(ValueError, match=rf"missing: {self.EMBEDDING}"):
-            load_pretrained(folder)
-
-    def test_a_missing_untied_head_is_refused(self, pairs, tmp_path):
-        shutil.copytree(pairs["uneven"].folder, tmp_path, dirs_exist_ok=True)
-        tensors = load_file(tmp_path / "model.safetensors")
-        del tensors["lm_head.weight"]
-        save_file(tensors, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match=r"missing: lm_head\.weight"):
-            load_pretrained(tmp_path)
-
-    def test_pickle_files_are_refused(self, pairs, tmp_path):
-        shutil.copy(pairs["compact"].folder / "config.json", tmp_path)
-        torch.save({}, tmp_path / "pytorch_model.bin")
-        with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin are refused"):
-            load_pretrained(tmp_path)
-
-    def test_code_that_comes_with_a_checkpoint_is_refused(self, editable):
-        folder = editable(lambda tensors: None)
-        raw = json.loads((folder / "config.json").read_text())
-        raw["auto_map"] = {"AutoModel": "modeling.Mine"}
-        (folder / "config.json").write_text(json.dumps(raw))
-        with pytest.raises(ValueError, match=r"config\.json: auto_map names code"):
-            load_pretrained(folder)
-
-    def test_quantized_weights_are_refused_by_name(self, editable):
-        folder = editable(lambda t: t.update({self.NORM: t[self.NORM].astype(np.int8)}))
-        with pytest.raises(ValueError, match=rf"{self.NORM} \(I8\)\. Quantized weights"):
-            load_pretrained(folder)
-
-    @pytest.mark.parametrize("kept", [0, 5, 1000, -1], ids=["empty", "5", "1000", "all but one"])
-    def test_a_download_that_did_not_finish_is_named(self, editable, kept):
-        file = editable(lambda tensors: None) / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:kept])
-        with pytest.raises(ValueError, match=rf"{file.name} is damaged.*get it again"):
-            load_pretrained(file.parent)
-
-    @pytest.mark.parametrize(
-        "name, text",
-        [
-            ("config.json", '{"model_type": "qwen3'),
-            ("model.safetensors.index.json", '{"weight_map"'),
-            ("model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
-            ("model.safetensors.index.json", "[]"),
-        ],
-    )
-    def test_json_that_is_damaged_is_named(self, editable, name, text):
-        folder = editable(lambda tensors: None)
-        (folder / name).write_text(text)
-        with pytest.raises(ValueError, match=re.escape(name)):
-            load_pretrained(folder)
-
-    def test_an_index_cannot_name_files_elsewhere(self, editable):
-        folder = editable(lambda tensors: None)
-        shutil.copy(folder / "model.safetensors", folder.parent / "other.safetensors")
-        index = {"weight_map": {self.NORM: "../other.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match=r"outside of its folder: \['\.\./other"):
-            load_pretrained(folder)
-
-    def test_a_config_without_theta_is_refused(self, editable):
-        folder = editable(lambda tensors: None)
-        raw = json.loads((folder / "config.json").read_text())
-        del raw["text_config"]["rope_parameters"]["rope_theta"]
-        (folder / "config.json").write_text(json.dumps(raw))
-        with pytest.raises(ValueError, match="rope_theta"):
-            load_pretrained(folder)
-
-    def test_a_missing_folder_is_refused(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="not a Hugging Face checkpoint folder"):
-            load_pretrained(tmp_path / "nowhere")
 
 
 class TestMesh:
