@@ -16,7 +16,7 @@ padding queries with no key at all give a harmless average instead of NaN.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -116,16 +116,18 @@ def shared_prefix_attention(
     v: Float[Array, "B P+G*R K D"],
     prompt_valid: Int[Array, "B P"],
     completion_valid: Int[Array, "B G R"],
+    causal: Callable[..., Array] = causal_attention,
 ) -> Float[Array, "B P+G*R H D"]:
     """Attention of prompt ++ G completions: the prompt is causal, a completion sees it and itself.
 
     The prompt's keys are read by all completions of the row from one copy, and no score between
     two completions is ever computed: P*P + G*R*(P + R) scores instead of (P + G*R)². Completions
-    go through in chunks of about QUERY_CHUNK queries, forward and backward.
+    go through in chunks of about QUERY_CHUNK queries, forward and backward. causal: attention of
+    the prompts.
     """
     rows, prompt = prompt_valid.shape
     _, group, length = completion_valid.shape
-    from_prompt = causal_attention(q[:, :prompt], k[:, :prompt], v[:, :prompt], prompt_valid)
+    from_prompt = causal(q[:, :prompt], k[:, :prompt], v[:, :prompt], prompt_valid)
 
     own = [x[:, prompt:].reshape(rows, group, length, *x.shape[2:]) for x in (q, k, v)]
     own.append(completion_valid)

@@ -1,6 +1,7 @@
 """Which implementation of attention runs, and on which mesh: the one place that chooses.
 
     xla           reference implementations (`ops.attention`), spread out by the partitioner
+    xla_cpu       the same, ordered for one CPU (`ops.cpu_attention`); decoding as in xla
     pallas_tpu    splash attention and our decode kernel (`ops.splash`, `ops.decode_kernel`)
     pallas_gpu    our Triton kernels for prompts, vision and updates (`ops.triton_attention`);
                   decoding, which has one query a completion, stays with XLA
@@ -12,7 +13,9 @@ A kernel is a black box to the partitioner, so each runs under `shard_map`: rows
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import jax
@@ -20,11 +23,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from p2r_jax.ops import attention as xla
-from p2r_jax.ops import decode_kernel, splash, triton_attention
+from p2r_jax.ops import cpu_attention, decode_kernel, splash, triton_attention
 from p2r_jax.parallel.mesh import BATCH_AXES, batch_shards
 
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal["xla", "xla_cpu", "pallas_tpu", "pallas_gpu"]
 BY_PLATFORM: dict[str, Implementation] = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+_MODULES: dict[str, ModuleType] = {
+    "xla_cpu": cpu_attention,
+    "pallas_tpu": splash,
+    "pallas_gpu": triton_attention,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +51,12 @@ class Kernels:
 
     @classmethod
     def choose(cls, name: Implementation | Literal["auto"], mesh: Mesh | None) -> Kernels:
-        """`auto` is what suits the platform of the mesh's devices."""
+        """`auto` is what suits the platform of the mesh's devices, and their number."""
         if name != "auto":
             return cls(name, mesh)
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        return cls(BY_PLATFORM.get(device.platform, "xla"), mesh)
+        devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+        alone: Implementation = "xla_cpu" if len(devices) == 1 else "xla"
+        return cls(BY_PLATFORM.get(devices[0].platform, alone), mesh)
 
     def check_heads(self, **heads: int) -> None:
         """Raise ValueError if a kernel could not give every device of `tensor` whole heads."""
@@ -139,11 +148,9 @@ class Kernels:
     def _rows(self, name: str, q: Array, k: Array, v: Array, *masks: Array) -> Array:
         if self.implementation == "xla":
             return getattr(xla, name)(q, k, v, *masks)
-        module = splash if self.implementation == "pallas_tpu" else triton_attention
-        function = getattr(module, name)
-
-        def run(*inputs: Array) -> Array:
-            return function(*inputs, interpret=self.interpret)
+        function = getattr(_MODULES[self.implementation], name)
+        options = {} if self.implementation == "xla_cpu" else {"interpret": self.interpret}
+        run = functools.partial(function, **options)
 
         rows = self._row_axes(q.shape[0])
         heads = PartitionSpec(rows, None, "tensor")
