@@ -40,6 +40,7 @@ from p2r_jax.parallel.flops import matmul_flops
 from p2r_jax.qwen3_vl import Qwen3VLConfig, load_pretrained
 from p2r_jax.qwen3_vl.hf import abstract_model
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
+from p2r_jax.qwen3_vl.published import published
 from p2r_jax.rl.step import Objective, TrainingBatch, batch_loss
 from p2r_jax.rollout.generate import Schedule, generate
 from p2r_jax.rollout.sampling import Sampling, Vocabulary
@@ -356,8 +357,7 @@ def update_flops(prompt: int, length: int, group: int) -> tuple[float, float, fl
     pairs that may see each other, three times (forward, both gradients); P + G R tokens and one
     vision pass a prompt. Recomputation is left out everywhere.
     """
-    file = Path(__file__).parents[1] / "qwen3_vl" / "configs" / "config_2B.json"
-    config = Qwen3VLConfig.from_hf(json.loads(file.read_text()))
+    config = Qwen3VLConfig.from_hf(published("2B"))
     graph, params = nnx.split(abstract_model(config), nnx.Param)
     abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     allowed = jax.ShapeDtypeStruct((config.text.vocab_size,), bool)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
-CONFIGS = Path(__file__).parents[1] / "qwen3_vl" / "configs"
+from p2r_jax.qwen3_vl.published import published
+
 SIZES = ("tiny", "2B", "4B", "8B", "32B")
 
 TINY_TEXT = {
@@ -31,7 +30,7 @@ TINY_VISION = {
 def hf_config(size: str) -> dict[str, Any]:
     """`config.json` of a size, in the form of the published files."""
     name = "2B" if size == "tiny" else size
-    config = json.loads((CONFIGS / f"config_{name}.json").read_text())
+    config = published(name)
     if size == "tiny":
         config = copy.deepcopy(config)
         config["text_config"] |= TINY_TEXT

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import transformers
 
 from p2r_jax.qwen3_vl import Qwen3VLConfig
+from p2r_jax.qwen3_vl.published import FOLDER
 from tests.qwen3_vl.reference import CONFIGS, hf_config
 
 PUBLISHED = {
     path.stem.removeprefix("config_"): json.loads(path.read_text())
-    for path in sorted((Path(__file__).parent / "configs").glob("config_*.json"))
+    for path in sorted(FOLDER.glob("config_*.json"))
 }
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from safetensors.numpy import load_file
 from p2r_jax.parallel.mesh import make_mesh, parameter_shardings
 from p2r_jax.qwen3_vl import Qwen3VLConfig, forward_hf, hf, load_pretrained, save_pretrained
 from p2r_jax.qwen3_vl.names import flat_state, parameters
+from p2r_jax.qwen3_vl.published import published
 from p2r_jax.qwen3_vl.tensor_files import TensorFolder
 from tests.qwen3_vl.reference import relative_l2, scenario, tensors_of, torch_logits
 
@@ -34,7 +34,7 @@ PUBLISHED = {
 
 
 def published_config(size: str) -> dict:
-    return json.loads((Path(__file__).parent / "configs" / f"config_{size}.json").read_text())
+    return published(size)
 
 
 def torch_parameters(model) -> dict[str, torch.Tensor]:

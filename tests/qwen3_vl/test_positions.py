@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from p2r_jax.qwen3_vl.positions import (
     position_interpolation,
     rope_positions,
 )
+from p2r_jax.qwen3_vl.published import FOLDER
 from p2r_jax.qwen3_vl.text import rotary_angles
 from tests.qwen3_vl.reference import IMAGE, prompts_of, scenario
 
@@ -157,7 +157,7 @@ def test_frequencies_equal_the_reference(theta, count):
 @pytest.mark.parametrize("furthest", [100, 1000])
 def test_angles_equal_the_reference_far_into_a_prompt(furthest):
     """A unit in the last place of a frequency is 6e-5 in the cosine at position 1,000."""
-    file = Path(__file__).parent / "configs" / "config_8B.json"
+    file = FOLDER / "config_8B.json"
     raw = json.loads(file.read_text())
     config = Qwen3VLConfig.from_hf(raw).text
     rotary = hf_module.Qwen3VLTextRotaryEmbedding(transformers.Qwen3VLConfig(**raw).text_config)

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.qwen3_vl.published import FOLDER
 from p2r_jax.roles.boxes import parse_boxes
 from p2r_jax.roles.prompts import build_messages, load_prompt_set
 from p2r_jax.roles.requests import Buckets, ImageStore, RequestBuilder
@@ -92,7 +93,7 @@ def folder(package, tmp_path_factory) -> Path:
     """The files of a published 4B checkpoint, without weights."""
     folder = tmp_path_factory.mktemp("qwen3_vl")
     shutil.copy(package / "models" / "tokenizer.json", folder)
-    shutil.copy(Path(__file__).parent / "configs" / "config_4B.json", folder / "config.json")
+    shutil.copy(FOLDER / "config_4B.json", folder / "config.json")
     settings = json.loads((package / "models" / "tokenizer_config.json").read_text())
     del settings["chat_template"]  # of the text model
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +18,7 @@ from p2r_jax.config import OptimizerConfig
 from p2r_jax.parallel.mesh import make_mesh, parameter_shardings
 from p2r_jax.qwen3_vl import Qwen3VLConfig
 from p2r_jax.qwen3_vl.hf import abstract_model
+from p2r_jax.qwen3_vl.published import published
 from p2r_jax.rl.memory import opt_state_bytes
 from p2r_jax.rl.optimizer import learning_rate, make_optimizer, make_schedule
 from p2r_jax.rl.step import new_state
@@ -27,7 +26,6 @@ from tests.small_model import make_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIGS = Path(__file__).parents[1] / "qwen3_vl" / "configs"
 ADAMW = OptimizerConfig()
 """The authors' numbers."""
 ADAFACTOR = OptimizerConfig(name="adafactor")
@@ -194,7 +192,7 @@ class TestAdafactor:
 
     def test_bytes_of_a_real_size(self):
         """Qwen3-VL-4B. Its vision heads are narrower than 128: their moment is kept in full."""
-        hf = json.loads((CONFIGS / "config_4B.json").read_text())
+        hf = published("4B")
         params = nnx.state(abstract_model(Qwen3VLConfig.from_hf(hf)), nnx.Param)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
         assert opt_state_bytes(ADAMW, params) == 8 * count + 8

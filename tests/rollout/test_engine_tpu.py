@@ -6,9 +6,6 @@ shallow model would not do: the compiler keeps whole stacks of few layers in fas
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -23,11 +20,11 @@ from p2r_jax.parallel.traffic import bytes_accessed
 from p2r_jax.qwen3_vl import Qwen3VLConfig
 from p2r_jax.qwen3_vl.hf import abstract_model
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts
+from p2r_jax.qwen3_vl.published import published
 from p2r_jax.rollout import engine
 from p2r_jax.rollout.sampling import Sampling, Vocabulary
 
 SLOTS, GROUP, PROMPT, RING = 8, 8, 2560, 256
-CONFIGS = Path(__file__).parents[1] / "qwen3_vl" / "configs"
 
 
 def bf16(shape, sharding):
@@ -40,9 +37,7 @@ class Engine:
     def __init__(self, chips: str, fsdp: int, tensor: int, re_laid: bool = True):
         self.mesh = mesh = tpu_mesh(chips, data=1, fsdp=fsdp, tensor=tensor)
         self.shards = fsdp
-        self.config = config = Qwen3VLConfig.from_hf(
-            json.loads((CONFIGS / "config_2B.json").read_text())
-        )
+        self.config = config = Qwen3VLConfig.from_hf(published("2B"))
         model = abstract_model(config, Kernels("pallas_tpu", mesh))
         self.graph, state = nnx.split(model, nnx.Param)
         where = parameter_shardings(state, mesh, fsdp=not re_laid)
