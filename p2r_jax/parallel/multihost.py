@@ -47,10 +47,14 @@ def start(config: DistributedConfig) -> None:
 
 
 def _environment_has_several() -> bool:
-    counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+    # Set by JAX itself on a TPU VM, whose other hosts only the metadata server knows; there it
+    # may turn out to be one of one.
+    on_tpu_vm = os.environ.get("TPU_ML_PLATFORM") == "JAX"
+    counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     hosts = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
     return (
-        any(int(os.environ.get(name) or 1) > 1 for name in counts)
+        (on_tpu_vm and os.environ.get("JAX_PLATFORMS", "") != "cpu")
+        or any(int(os.environ.get(name) or 1) > 1 for name in counts)
         or any("," in os.environ.get(name, "") for name in hosts)
         or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
     )
