@@ -119,6 +119,34 @@ def _train(args: Namespace) -> None:
     train(config)
 
 
+# --- plan -------------------------------------------------------------------------------------
+
+
+def _plan_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config", help="as of `p2r train`, with its options")
+    parser.add_class_arguments(TrainConfig, nested_key=None)
+    parser.add_argument(
+        "--topology", type=str, required=True, help="v5e:4x4, v5e-16, v5p:2x2x1, v6e-16, h100:8"
+    )
+    parser.add_argument("--num-slices", "--num_slices", type=int, default=1)
+    parser.add_argument("--search", action="store_true", help="rank meshes and microbatches")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--markdown", action="store_true", help="for a README")
+    parser.add_argument("--no-cache", "--no_cache", action="store_true", help="compile everything")
+    return parser
+
+
+def _plan(args: Namespace) -> None:
+    from p2r_jax.plan.command import plan
+
+    config = _dataclass_of(_plan_parser(), args, TrainConfig)
+    output = "json" if args.json else "markdown" if args.markdown else None
+    fits = plan(config, args.topology, args.num_slices, output, args.search, not args.no_cache)
+    if not fits:
+        raise SystemExit(1)
+
+
 # --- eval -------------------------------------------------------------------------------------
 
 
@@ -188,8 +216,7 @@ def _report_parser() -> ArgumentParser:
 def _report(args: Namespace) -> None:
     from p2r_jax.evals.report import write_report
 
-    out, against = (Path(path) if path else None for path in (args.out, args.against))
-    print(write_report(Path(args.run), out, against=against))
+    print(write_report(args.run, args.out, against=args.against))
 
 
 def _score_parser() -> ArgumentParser:
@@ -216,12 +243,7 @@ def _score_parser() -> ArgumentParser:
 def _score(args: Namespace) -> None:
     from p2r_jax.evals.score import score_file
 
-    score_file(
-        Path(args.file),
-        Path(args.against) if args.against else None,
-        Path(args.out) if args.out else None,
-        args.mode,
-    )
+    score_file(args.file, args.against, args.out, args.mode)
 
 
 def _sft_parser() -> ArgumentParser:
@@ -293,14 +315,12 @@ def _convert(args: Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")
     from p2r_jax.rl.convert import from_hf, to_hf
 
-    source, out = Path(args.source), Path(args.out)
     if args.direction == "to-hf":
-        files_from = Path(args.files_from) if args.files_from else None
-        to_hf(source, out, args.dtype, args.step, files_from)
+        to_hf(args.source, args.out, args.dtype, args.step, args.files_from)
     elif args.step is not None or args.files_from:
         raise ValueError("--step and --files_from are for to-hf")
     else:
-        from_hf(source, out, args.dtype)
+        from_hf(args.source, args.out, args.dtype)
 
 
 def _prompts_parser() -> ArgumentParser:
@@ -389,7 +409,7 @@ def _data_prepare(args: Namespace) -> None:
     prepare(
         args.name,
         Path(args.source),
-        Path(args.out),
+        args.out,
         limit=args.limit,
         max_bad_fraction=args.max_bad_fraction,
     )
@@ -451,6 +471,7 @@ COMMANDS: dict[str, tuple[Any, Any, str]] = {
     "convert": (_convert_parser, _convert, "weights to and from Hugging Face folders"),
     "score": (_score_parser, _score, "score saved answers again, compare runs and modes"),
     "report": (_report_parser, _report, "one HTML page of a run"),
+    "plan": (_plan_parser, _plan, "what a run needs of a TPU slice or GPUs, without having them"),
     "sft": (_sft_parser, _sft, "make the embedded tiny checkpoint"),
     "data": (_data_parser, _data, "prepare datasets, look at them, compose your own"),
     "prompts": (_prompts_parser, _prompts, "import a prompt set"),

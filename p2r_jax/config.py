@@ -52,7 +52,7 @@ class ModelConfig:
     min_pixels: int | None = None
     """Per image, crops too; None = what the checkpoint's preprocessor_config.json says."""
     max_pixels: int | None = None
-    kernels: Literal["auto", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
+    kernels: Literal["auto", "xla", "xla_cpu", "pallas_tpu", "pallas_gpu"] = "auto"
     """Implementation of attention; auto = what suits the devices."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trained weights. At the authors' learning rate most updates of a bfloat16 weight round
@@ -81,9 +81,15 @@ class BucketConfig:
     """Largest side of a resized image, pixels."""
     image: list[int] = field(default_factory=lambda: [2048, 4096, 8192])
     """Largest side of a source image, pixels."""
+    image_gib: float = 4.0
+    """Most GiB of source images on one device: ceil(images of the batch / (mesh.data × mesh.fsdp))
+    × 3 × the buckets of their largest height and width. A training batch of more is an error, an
+    evaluation takes it in parts."""
 
     def validate(self) -> None:
-        """Raise ValueError for sizes that do not increase."""
+        """Raise ValueError for sizes that do not increase, or no room for images."""
+        if self.image_gib <= 0:
+            raise ValueError(f"buckets.image_gib must be above 0, got {self.image_gib}")
         lengths = self.response_tokens
         if lengths != sorted(set(lengths)) or min(lengths, default=1) < 1:
             raise ValueError(f"buckets.response_tokens must be increasing sizes, got {lengths}")
@@ -132,7 +138,8 @@ class PhaseConfig:
     partner: Literal["phase", "step"] = "phase"
     """Weights of the partner: of the phase's start (the authors), or the live ones of each step."""
     microbatch: int = 0
-    """Prompts per gradient microbatch; 0 = all at once. The gradient does not depend on it."""
+    """Prompts per gradient microbatch, at least one for each part that the mesh splits a batch
+    into (data × fsdp); 0 = all at once. The gradient does not depend on it."""
     minibatches: int = 1
     """Optimizer updates that share the questions of a step."""
     inner_epochs: int = 1
@@ -339,6 +346,8 @@ class EvalDuringTraining:
     """Modes before training and at its end; `modes` in between."""
     batch: int = 64
     """Questions whose images are uploaded together."""
+    image_cache_gib: float = 1.0
+    """As of `p2r eval`: host memory of a process for decoded images that rows share."""
     repetition_penalty: float = 1.0
     """On tokens of the prompt and the completion; the authors evaluate with 1.05."""
     penalize_prompt: bool = True
@@ -401,6 +410,8 @@ class TrainConfig:
             part, field_name = name.split(".")
             if getattr(getattr(self, part), field_name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.eval.image_cache_gib < 0:
+            raise ValueError(f"eval.image_cache_gib is negative: {self.eval.image_cache_gib}")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
         for name in ("slots", "columns", "refill", "greedy_slots"):
@@ -451,6 +462,9 @@ class EvalConfig:
     seed: int = 0
     batch: int = 64
     """Questions whose images are uploaded, and which decode, at once."""
+    image_cache_gib: float = 1.0
+    """Host memory of a process for the decoded images that were used last: rows that share one, as
+    the rotations of an HR-Bench question do, decode it once. 0 = none."""
     out: str = "runs/eval"
     """Folder for `eval/<name>.jsonl` (every sample) and `eval/<name>.json` (the summary)."""
     name: str = "eval"
@@ -468,7 +482,7 @@ class EvalConfig:
     min_pixels: int | None = None
     max_pixels: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    kernels: Literal["auto", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
+    kernels: Literal["auto", "xla", "xla_cpu", "pallas_tpu", "pallas_gpu"] = "auto"
     """As `model.kernels` of training."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -484,6 +498,8 @@ class EvalConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.repetition_penalty is not None and self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if self.image_cache_gib < 0:
+            raise ValueError(f"image_cache_gib must not be negative, got {self.image_cache_gib}")
         if self.samples < 0 or (self.samples and self.temperature <= 0):
             raise ValueError("samples must be at least 0, and temperature above 0 to draw them")
         self.verifier.validate()

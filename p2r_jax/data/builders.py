@@ -18,8 +18,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from p2r_jax.data.rows import Row, RowError
 
 VERSION = "1.0.0"
 
-_SHARD = 1000  # examples
+SHARD = 250
+"""Examples of a file; what is done again after a kill."""
 _UNFLUSHED_BYTES = 2**25
 """The writer saves its metadata at every call, so that small examples are handed over together."""
 
@@ -79,8 +81,11 @@ def features() -> tfds.features.FeaturesDict:
 class Images:
     """Reads and checks images, each content once: rotations of a question share one."""
 
-    def __init__(self) -> None:
-        self.sizes: dict[str, tuple[int, int] | str] = {}
+    def __init__(self, index: Iterable[dict[str, Any]] = ()) -> None:
+        """index: of a `Report`, whose images need no check."""
+        self.sizes: dict[str, tuple[int, int] | str] = {
+            row["image_hash"]: (row["height"], row["width"]) for row in index
+        }
         """By hash: (height, width), or what is wrong."""
 
     def read(self, row: Row) -> tuple[bytes, str, int, int]:
@@ -119,10 +124,11 @@ def _size(encoded: bytes) -> tuple[int, int] | str:
 def examples(
     benchmark: Benchmark, source: Path, report: Report, limit: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The examples of the first `limit` records; what is no example goes into `report`."""
+    """The examples of the first `limit` records, but for those that `report` has read already; what
+    is no example goes into `report`."""
     _, rows = benchmark.rows(source)
-    images, ids = Images(), set[str]()
-    for where, row in rows:
+    images, ids = Images(report.index), {row["id"] for row in report.index}
+    for where, row in itertools.islice(rows, report.read, None):
         if limit is not None and report.read >= limit:
             return
         report.read += 1
@@ -226,36 +232,45 @@ class PreparedBuilder(
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
         # In place of TFDS's writer, see the module docstring.
-        splits = self._split_generators(dl_manager)
+        source = self.source or Path(dl_manager.manual_dir)
         # Until all is written, `data_dir` is a temporary folder; `self.info` has the final one.
+        self.info.set_splits(self.write(source, Path(self.data_dir)))
+
+    def write(
+        self, source: Path, folder: Path, saved: Callable[[], None] = lambda: None
+    ) -> tfds.core.splits.SplitDict:
+        """Writes the examples to `folder`; returns the splits.
+
+        If `self.report` has read some records, their examples must be there, in whole shards, and
+        the others follow. saved: called when a shard is whole, with its records in the report.
+        """
+        split, known = self.benchmark.split, self.report.index
         here = tfds.core.dataset_info.DatasetIdentity(
             name=self.name,
             version=self.version,
-            data_dir=self.data_dir,
+            data_dir=str(folder),
             module_name=str(self.__module__),
         )
         info = self._info_of(here)
         writer = tfds.core.SequentialWriter(
-            info, max_examples_per_shard=_SHARD, file_format="array_record"
+            info, max_examples_per_shard=SHARD, overwrite=not known, file_format="array_record"
         )
-        writer.initialize_splits(list(splits))
-        for split, generated in splits.items():
-            _write(writer, split, (example for _, example in generated))
+        writer.initialize_splits([split], fail_if_exists=False)
+        waiting: list[dict[str, Any]] = []
+        unflushed = 0
+        for example in examples(self.benchmark, source, self.report, self.limit):
+            waiting.append(example)
+            unflushed += len(example["image"])
+            del example
+            whole = len(known) % SHARD == 0
+            if whole or unflushed >= _UNFLUSHED_BYTES:
+                writer.add_examples({split: waiting})
+                waiting, unflushed = [], 0
+            if whole:
+                saved()
+        writer.add_examples({split: waiting})
         writer.close_all()
-        self.info.set_splits(info.splits)
-
-
-def _write(writer: Any, split: str, generated: Iterator[dict[str, Any]]) -> None:
-    waiting: list[dict[str, Any]] = []
-    unflushed = 0
-    for example in generated:
-        waiting.append(example)
-        unflushed += len(example["image"])
-        del example
-        if unflushed >= _UNFLUSHED_BYTES:
-            writer.add_examples({split: waiting})
-            waiting, unflushed = [], 0
-    writer.add_examples({split: waiting})
+        return info.splits
 
 
 _BENCHMARKS = benchmarks()

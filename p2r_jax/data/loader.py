@@ -2,13 +2,20 @@
 
 grain does the work: an index shuffle without memory, threads that decode ahead, and an iterator
 whose whole state is the number of the next batch, so that resuming at step n is exact.
+
+Several processes go through one plan of batches. Each reads the rows of a batch, but decodes only
+the images that its devices will hold; their sizes, and which of them cannot be read, are exchanged
+when a batch is taken, in the thread that takes it. So all have the batch that one process has.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +23,106 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from p2r_jax.data.rows import Row, RowError
+from p2r_jax.parallel.multihost import gather
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """Which images of a batch this process decodes."""
+
+    owners: tuple[frozenset[int], ...] = (frozenset({0}),)
+    """For each shard of a batch the processes that have devices in it."""
+    process: int = 0
+
+    @property
+    def shards(self) -> int:
+        """Ways that the images of a batch are split."""
+        return len(self.owners)
+
+    def shards_of(self, count: int) -> list[int]:
+        """Of each of `count` images: equal runs.
+
+        >>> Share((frozenset({0}),) * 4).shards_of(7)
+        [0, 0, 1, 1, 2, 2, 3]
+        """
+        each = -(-count // self.shards)
+        return [i // each for i in range(count)]
+
+    def has(self, shard: int) -> bool:
+        """Whether a device of this process holds the shard."""
+        return self.process in self.owners[shard]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoadedRow:
+    """A row of a batch. All but the pixels is known to every process."""
+
     row: Row
-    image: np.ndarray
-    """uint8 [H, W, 3]."""
+    pixels: np.ndarray | None = dataclasses.field(repr=False)
+    """uint8 [H, W, 3]; None if no device of this process will hold the image."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width; by default those of `pixels`."""
+    shard: int | None = None
+    """Where the image belongs among the shards of its batch."""
+
+    def __post_init__(self) -> None:
+        if self.pixels is not None:
+            object.__setattr__(self, "size", self.pixels.shape[:2])
+
+    @functools.cached_property
+    def image(self) -> np.ndarray:
+        """uint8 [H, W, 3], for people to look at: read again if it is another process's, and black
+        if that fails, with a warning. No run ends for want of a picture."""
+        if self.pixels is not None:
+            return self.pixels
+        try:
+            return _image(self.row)
+        except (RowError, OSError) as error:
+            logger.warning("no picture of row %r: %s", self.row.id, error)
+            return np.zeros((*self.size, 3), np.uint8)
+
+
+class ImageCache:
+    """The decoded images that were used last, for rows that share one."""
+
+    def __init__(self, limit: int = 2**30):
+        """limit: bytes of pixels that are kept at most; an 8K image of 7680 × 4320 has 95 MiB."""
+        self.limit = limit
+        self.bytes = 0
+        """That are kept now."""
+        self._images: collections.OrderedDict[Any, np.ndarray] = collections.OrderedDict()
+
+    def read(self, row: Row) -> np.ndarray:
+        """The image of a row, decoded if it is not there. Raises RowError or OSError."""
+        key = self._key(row)
+        if key in self._images:
+            self._images.move_to_end(key)
+            return self._images[key]
+        image = _image(row)
+        if key is not None and image.nbytes <= self.limit:
+            self._images[key] = image
+            self.bytes += image.nbytes
+            while self.bytes > self.limit:
+                self.bytes -= self._images.popitem(last=False)[1].nbytes
+        return image
+
+    @staticmethod
+    def _key(row: Row) -> Any:
+        """What tells the content of an image; of a file its time too, which a new one changes."""
+        key, source = row.image_key, row.image_source
+        if key is None or not isinstance(source, (str, os.PathLike)):
+            return key
+        try:
+            found = os.stat(source)
+        except OSError:
+            return None  # Reading it says why.
+        return key, found.st_size, found.st_mtime_ns
 
 
 class Unreadable:
@@ -72,16 +167,95 @@ def _image(row: Row) -> np.ndarray:
     return row.load_image()
 
 
-def load(source: Sequence[Row] | Any, index: int, unreadable: Unreadable) -> LoadedRow:
-    """The row, or the next one that can be read: so that batches keep their size and their order
-    depends on the data alone."""
-    for further in range(len(source)):
-        row = source[(index + further) % len(source)]
-        try:
-            return LoadedRow(row, _image(row))
-        except RowError as error:
-            unreadable.add(error)
-    raise ValueError("no row of the data has an image that can be read")
+@dataclasses.dataclass
+class _Read:
+    """What this process found where a batch wants an image."""
+
+    pixels: np.ndarray | None = None
+    passed: list[RowError] = dataclasses.field(default_factory=list)
+    """Rows that could not be read: each gives its place to the next."""
+    error: Exception | None = None
+    """Not the fault of the image."""
+
+    def told(self) -> dict[str, Any]:
+        """All but the pixels, as JSON has it."""
+        return {
+            "size": None if self.pixels is None else list(self.pixels.shape[:2]),
+            "passed": [[e.row_id, e.field, e.problem] for e in self.passed],
+            "error": None if self.error is None else f"{type(self.error).__name__}: {self.error}",
+        }
+
+
+def _read(
+    source: Sequence[Row] | Any, index: int, limit: float, passed: Sequence[RowError] = ()
+) -> _Read:
+    """The image of a row, or of the next one that can be read: so that batches keep their size and
+    their order depends on the data alone.
+
+    limit: rows that may be unreadable; there is no use in looking further. passed: rows that are
+    known to be.
+    """
+    found = _Read(passed=list(passed))
+    try:
+        while len(found.passed) < len(source):
+            if len({error.row_id for error in found.passed}) > limit:
+                break
+            try:
+                found.pixels = _image(source[(index + len(found.passed)) % len(source)])
+                break
+            except RowError as error:
+                found.passed.append(error)
+    except Exception as error:  # The others wait for an answer: it is raised when they have it.
+        found.error = error
+    return found
+
+
+def _agree(
+    reads: list[_Read | None], again: Callable[[int, list[RowError]], _Read]
+) -> list[dict[str, Any]]:
+    """What the processes found, image by image, as `_Read.told`. All must call it.
+
+    reads: None for images of others; brought into line with what all found. again: reads an image
+    once more, where another process could not read the rows before.
+
+    Raises OSError, or here the error itself, if a process failed; ValueError if two have images of
+    other sizes before them.
+    """
+    while True:
+        everyone = _exchange([None if read is None else read.told() for read in reads])
+        for process, told in enumerate(everyone):
+            if failed := next((t["error"] for t in told if t and t["error"]), None):
+                mine = next((read.error for read in reads if read and read.error), None)
+                raise mine or OSError(f"process {process} could not read its images: {failed}")
+        of_image = [[told[i] for told in everyone if told[i]] for i in range(len(reads))]
+        agreed = [max(own, key=lambda t: len(t["passed"])) for own in of_image]
+        behind = any(
+            len(told["passed"]) < len(best["passed"])
+            for own, best in zip(of_image, agreed, strict=True)
+            for told in own
+        )
+        if not behind:
+            for own in of_image:
+                if any(told["size"] != own[0]["size"] for told in own):
+                    raise ValueError(f"processes see an image of other sizes: {own}")
+            return agreed
+        for i, read in enumerate(reads):
+            if read is not None and len(read.passed) < len(agreed[i]["passed"]):
+                reads[i] = again(i, [RowError(*error) for error in agreed[i]["passed"]])
+
+
+def _exchange(value: Any) -> list[Any]:
+    """What each process passes in, JSON, on all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = gather(np.asarray(len(raw)))
+    # Few lengths: each is a program that JAX compiles.
+    padded = np.zeros(max(4096, 1 << int(sizes.max() - 1).bit_length()), np.uint8)
+    padded[: len(raw)] = raw
+    return [
+        json.loads(own[:size].tobytes()) for own, size in zip(gather(padded), sizes, strict=True)
+    ]
 
 
 def training_batches(
@@ -90,29 +264,71 @@ def training_batches(
     seed: int,
     start: int = 0,
     unreadable: Unreadable | None = None,
+    share: Share | None = None,
 ) -> Iterator[list[LoadedRow]]:
     """Endless shuffled batches (a new shuffle each epoch, the last partial batch dropped).
 
     start: number of the first batch; batch n is the same whatever `start` was. unreadable: keeps
-    count of rows whose image cannot be read; default, none is allowed. Raises ValueError if the
-    source has fewer rows than a batch, and RowError for too many unreadable ones.
+    count of rows whose image cannot be read; default, none is allowed. share: images that this
+    process decodes; default, all. With several processes all must take the same batches.
+
+    Raises ValueError if the source has fewer rows than a batch, and RowError for too many
+    unreadable ones.
     """
-    bad = unreadable or Unreadable()
+    bad, own = unreadable or Unreadable(), share or Share()
     if len(source) < batch:
         raise ValueError(f"the data has {len(source)} rows, fewer than a batch of {batch}")
+    shards = own.shards_of(batch)
+
+    def read(indices: Sequence[int]) -> tuple[list[int], list[_Read | None]]:
+        return [int(index) for index in indices], [
+            _read(source, int(index), bad.limit) if own.has(shard) else None
+            for index, shard in zip(indices, shards, strict=True)
+        ]
+
     dataset = (
         grain.MapDataset.source(range(len(source)))
         .seed(seed)
         .shuffle()
         .batch(batch, drop_remainder=True, batch_fn=list)
         .repeat(reseed_each_epoch=True)
-        .map(lambda indices: [load(source, int(index), bad) for index in indices])
+        .map(read)
     )
     # Two threads, some batches ahead, hide decoding behind the device; order is kept.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     iterator = iter(dataset.to_iter_dataset(options))
     iterator.set_state({"next_index": start})
-    return iterator
+
+    def batches() -> Iterator[list[LoadedRow]]:
+        for indices, reads in iterator:
+            yield _training_rows(source, indices, reads, shards, bad)
+
+    return batches()
+
+
+def _training_rows(
+    source: Sequence[Row] | Any,
+    indices: list[int],
+    reads: list[_Read | None],
+    shards: list[int],
+    bad: Unreadable,
+) -> list[LoadedRow]:
+    agreed = _agree(reads, lambda i, passed: _read(source, indices[i], bad.limit, passed))
+    rows = []
+    for index, read, shard, found in zip(indices, reads, shards, agreed, strict=True):
+        for error in found["passed"]:
+            bad.add(RowError(*error))
+        if found["size"] is None:
+            raise ValueError("no row of the data has an image that can be read")
+        row = source[(index + len(found["passed"])) % len(source)]
+        rows.append(LoadedRow(row, read.pixels if read else None, tuple(found["size"]), shard))
+    return rows
+
+
+def shared_images(rows: Sequence[Row]) -> list[int]:
+    """For each row the number of its image among the distinct ones, in their order."""
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(row.image_key or i, len(numbers)) for i, row in enumerate(rows)]
 
 
 def evaluation_batches(
@@ -122,21 +338,50 @@ def evaluation_batches(
     offset: int = 0,
     unreadable: Unreadable | None = None,
     wanted: Callable[[Row], bool] = lambda row: True,
+    share: Share | None = None,
+    cache: ImageCache | None = None,
 ) -> Iterator[list[LoadedRow]]:
     """Rows `offset` to `offset + limit` in order; the last batch may be short.
 
     unreadable: as for `training_batches`; such rows are left out. wanted: asked of each row before
-    its image is read; the others are left out too, and move no row to another batch.
+    its image is read; the others are left out too, and move no row to another batch. share: as for
+    `training_batches`. cache: of the images; default, one of 1 GiB. Rows of a batch that share an
+    image share its pixels too.
     """
-    bad = unreadable or Unreadable()
+    bad, own, cache = unreadable or Unreadable(), share or Share(), cache or ImageCache()
     stop = min(offset + limit, len(source))
     for begin in range(offset, stop, batch):
-        loaded = []
-        rows = (source[i] for i in range(begin, min(begin + batch, stop)))
-        for row in filter(wanted, rows):
-            try:
-                loaded.append(LoadedRow(row, _image(row)))
-            except RowError as error:
-                bad.add(error)
-        if loaded:
+        rows = [row for i in range(begin, min(begin + batch, stop)) if wanted(row := source[i])]
+        if rows and (loaded := _evaluation_rows(rows, bad, own, cache)):
             yield loaded
+
+
+def _evaluation_rows(
+    rows: list[Row], bad: Unreadable, share: Share, cache: ImageCache
+) -> list[LoadedRow]:
+    numbers = shared_images(rows)
+    firsts = [rows[numbers.index(number)] for number in range(max(numbers) + 1)]
+    shards = share.shards_of(len(firsts))
+
+    def read(row: Row) -> _Read:
+        try:
+            return _Read(cache.read(row))
+        except RowError as error:
+            return _Read(passed=[error])
+        except Exception as error:
+            return _Read(error=error)
+
+    reads = [
+        read(row) if share.has(shard) else None for row, shard in zip(firsts, shards, strict=True)
+    ]
+    agreed = _agree(reads, lambda i, passed: _Read(passed=passed))
+    loaded = []
+    for row, number in zip(rows, numbers, strict=True):
+        mine, found, shard = reads[number], agreed[number], shards[number]
+        for _, field, problem in found["passed"]:
+            bad.add(RowError(row.id, field, problem))
+        if found["size"] is not None:
+            loaded.append(
+                LoadedRow(row, mine.pixels if mine else None, tuple(found["size"]), shard)
+            )
+    return loaded

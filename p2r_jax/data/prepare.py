@@ -1,7 +1,8 @@
 """`p2r data prepare`: from the files of a benchmark to a prepared dataset.
 
 Everything is written to OUT/.NAME.preparing and gets the name OUT/NAME when it is whole, so what
-was killed half way never looks prepared; the same command removes the remains and starts anew.
+was killed half way never looks prepared. The same command goes on after the last whole file of
+examples, if the source is as it was.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +23,19 @@ from typing import Any
 from rich.progress import Progress
 
 from p2r_jax.data.benchmarks import Benchmark, benchmarks, plain
-from p2r_jax.data.prepared import BAD_ROWS, INDEX, MARK, is_prepared
+from p2r_jax.data.prepared import BAD_ROWS, INDEX, MARK, is_prepared, publish
 from p2r_jax.data.sources import SourceError
 from p2r_jax.data.vstar import QUESTIONS
+from p2r_jax.paths import as_path, is_remote
+
+PROGRESS = "progress.json"
+"""In the folder of what is being prepared: the records of its whole files."""
 
 
 def prepare(
     name: str,
     source: Path,
-    out: Path,
+    out: str | Path,
     *,
     limit: int | None = None,
     max_bad_fraction: float = 0.01,
@@ -48,18 +55,22 @@ def prepare(
         there, or another process that prepares it.
     """
     benchmark = _benchmark(name, source)
+    out = as_path(out)
     out.mkdir(parents=True, exist_ok=True)
+    # What is for a bucket is made on a disk, and copied there whole.
+    disk = Path(tempfile.gettempdir()) if is_remote(out) else out
     made_from = {"name": name, "source": str(source.resolve()), "limit": limit}
-    with _alone(out / f".{name}.lock", name):
+    with _alone(disk / f".{name}.lock", name):
         if _already_there(out / name, made_from):
             print(f"{out / name} is prepared already")
             return out / name
-        work = out / f".{name}.preparing"
-        shutil.rmtree(work, ignore_errors=True)  # what a killed preparation left
+        work = disk / f".{name}.preparing"
         try:
             _prepare(benchmark, source, work, out / name, made_from, max_bad_fraction)
-        finally:
+        except SourceError:  # Of the data: to be mended, and read anew.
             shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
     return out / name
 
 
@@ -115,8 +126,18 @@ def _prepare(
 ) -> None:
     import tensorflow_datasets as tfds
 
-    from p2r_jax.data.builders import BUILDERS, OwnRows, Report
+    from p2r_jax.data.builders import BUILDERS, VERSION, OwnRows, Report
 
+    cls = BUILDERS.get(target.name, OwnRows)
+    folder, progress_file = work / cls.name, work / PROGRESS
+    of = [made_from, _fingerprint(source)]
+    new: dict[str, Any] = {"of": of, "read": 0, "bad": [], "index": []}
+    state = _left(progress_file, folder / VERSION / "dataset_info.json", of) or new
+    if state is new:
+        shutil.rmtree(work, ignore_errors=True)
+        (folder / VERSION).mkdir(parents=True)
+    else:
+        print(f"{target.name}: going on after {state['read']} records")
     limit = made_from["limit"]
     total, _ = benchmark.rows(source)
     if limit is not None:
@@ -124,8 +145,8 @@ def _prepare(
     tfds.disable_progress_bar()  # ours knows the total
     with Progress() as progress:
         task = progress.add_task(f"preparing {target.name}", total=total)
-        report = Report(on_record=lambda: progress.advance(task))
-        cls = BUILDERS.get(target.name, OwnRows)
+        progress.advance(task, state["read"])
+        report = Report(state["read"], state["bad"], state["index"], lambda: progress.advance(task))
         builder = cls(
             source=source,
             report=report,
@@ -134,8 +155,14 @@ def _prepare(
             data_dir=work,
             file_format="array_record",
         )
-        builder.download_and_prepare()
-    folder = work / builder.name
+
+        def saved() -> None:
+            state["read"] = report.read
+            temporary = progress_file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(state, ensure_ascii=False, default=str), "utf-8")
+            os.replace(temporary, progress_file)
+
+        builder.write(source, folder / VERSION, saved)
     if len(report.bad) > max_bad_fraction * report.read:
         listing = target.with_name(f"{target.name}.{BAD_ROWS}")
         _write_lines(listing, report.bad)
@@ -158,12 +185,34 @@ def _prepare(
         "images": len({row["image_hash"] for row in report.index}),
     }
     (folder / MARK).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.rename(folder, target)
+    publish(folder, target)
     print(_summary(about, report.bad, target))
 
 
+def _fingerprint(source: Path) -> list[Any]:
+    """What changes if a source file does, or a file of a source folder: names, sizes and times."""
+    files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    digest = hashlib.sha256()
+    for file in files:
+        found = file.stat()
+        digest.update(f"{file} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return [len(files), digest.hexdigest()]
+
+
+def _left(progress: Path, info: Path, of: list[Any]) -> dict[str, Any] | None:
+    """What a killed preparation of the same source had done, if its files say so too."""
+    try:
+        state = json.loads(progress.read_text("utf-8"))
+        lengths = json.loads(info.read_text("utf-8"))["splits"][0]["shardLengths"]
+    except (OSError, ValueError, LookupError):
+        return None
+    # Killed between the two, they differ by a file.
+    whole = sum(map(int, lengths)) == len(state.get("index", ()))
+    return state if whole and state.get("of") == of else None
+
+
 def _write_lines(path: Path, values: list[dict[str, Any]]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         for value in values:
             file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
 

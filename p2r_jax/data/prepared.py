@@ -4,19 +4,27 @@ prepared.json     what it was made from, and how many rows are good and bad
 rows.jsonl        all rows without their images: a source opens without reading gigabytes
 bad_rows.jsonl    the rows that could not be used, if any
 1.0.0/            the TFDS dataset, which has the images too
+
+The library that reads the images at random reads local files only. So what was prepared to a bucket
+is copied to this machine's disk when it is opened, once.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
+import shutil
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
 from p2r_jax.data.rows import Row
 from p2r_jax.data.sources import SourceError
+from p2r_jax.paths import as_path, copy_file, files_in, is_remote
+from p2r_jax.qwen3_vl.progress import bytes_bar
 
 MARK = "prepared.json"
 INDEX = "rows.jsonl"
@@ -26,6 +34,9 @@ BENCHMARKS = ("vstar", "hrbench_4k", "hrbench_8k", "mme_realworld", "mme_realwor
 
 DEFAULT_FOLDER = "data"
 """Where prepared datasets are looked for by name."""
+
+CACHE_VARIABLE = "P2R_CACHE"
+"""Folder of what is copied from buckets; default, ~/.cache/p2r_jax."""
 
 
 def is_prepared(folder: Path) -> bool:
@@ -37,7 +48,7 @@ def open_benchmark(
     name: str, folder: str | os.PathLike[str] = DEFAULT_FOLDER, **options: Any
 ) -> PreparedSource:
     """A benchmark by name, below `folder`. Raises SourceError with the command that prepares it."""
-    path = Path(folder)
+    path = as_path(folder)
     if path.name != name or not is_prepared(path):
         path = path / name
     if not is_prepared(path):
@@ -58,10 +69,12 @@ class PreparedSource:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        """Raises SourceError if `folder` is no prepared dataset."""
-        self.folder = Path(folder)
+        """Raises SourceError if `folder` is no prepared dataset, or cannot be copied."""
+        self.folder = as_path(folder)
         if not is_prepared(self.folder):
             raise SourceError(f"{folder} is no prepared dataset; p2r data prepare makes one")
+        if is_remote(self.folder):
+            self.folder = local_copy(self.folder)
         self.about: dict[str, Any] = json.loads((self.folder / MARK).read_text("utf-8"))
         with open(self.folder / INDEX, encoding="utf-8") as file:
             self._rows = [json.loads(line) for line in file]
@@ -99,6 +112,55 @@ class PreparedSource:
             image_source=functools.partial(read_image, self.folder, index),
             meta=meta,
         )
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Give a prepared dataset the name under which it is found: by renaming it, or, in a bucket, by
+    copying it there, its MARK last."""
+    if is_remote(target):
+        _copy(folder, target, f"copying to {target}")
+    else:
+        os.rename(folder, target)
+
+
+def local_copy(folder: Path) -> Path:
+    """A prepared dataset in a bucket as a local folder, which stays for the next time.
+
+    Its name follows from what is in the bucket, so that another dataset there is another folder
+    here. Processes of a machine wait for one of them. Raises SourceError saying what to do.
+    """
+    sizes = files_in(folder)
+    version = zlib.crc32(f"{folder} {sizes} {(folder / MARK).read_text()}".encode())
+    cache = Path(os.environ.get(CACHE_VARIABLE, "~/.cache/p2r_jax")).expanduser()
+    target, work = (cache / f"{dot}{folder.name}-{version:08x}" for dot in ("", "."))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / f"{work.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_prepared(target):
+                shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+                try:
+                    _copy(folder, work, f"copying {folder} to {cache}")
+                    if files_in(work) != sizes:
+                        raise OSError("its files changed meanwhile, or did not come whole")
+                    os.rename(work, target)
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise SourceError(
+            f"{folder} cannot be copied to {cache} ({error}): make room there, or set "
+            f"{CACHE_VARIABLE} to a folder on another disk"
+        ) from error
+    return target
+
+
+def _copy(source: Path, target: Path, description: str) -> None:
+    sizes = files_in(source)
+    with bytes_bar(description, sum(sizes.values()), True) as advance:
+        for name in sorted(sizes, key=lambda name: (name == MARK, name)):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(source / name, target / name)
+            advance(sizes[name])
 
 
 def read_image(folder: Path, index: int) -> bytes:

@@ -9,9 +9,12 @@ indexed, shuffled and filtered without touching pixels.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import io
 import math
 import os
+import re
 import string
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -109,6 +112,20 @@ class Row:
             for letter, option in zip(string.ascii_uppercase, self.options, strict=False)
         ]
         return "\n".join([self.question, *lines])
+
+    @functools.cached_property
+    def image_key(self) -> str | None:
+        """Equal for rows that show the same image, as HR-Bench's rotations do; nothing is decoded.
+
+        SHA-256 of the encoded bytes, in hex: `meta["image_hash"]` of a prepared dataset, else of
+        bytes that are in memory; the path of a file; None where only reading would tell.
+        """
+        known, source = self.meta.get("image_hash"), self.image_source
+        if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known):
+            return known
+        if isinstance(source, (bytes, bytearray)):
+            return hashlib.sha256(source).hexdigest()
+        return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
 
     def load_image(self) -> np.ndarray:
         """Decodes the image: uint8 [H, W, 3].

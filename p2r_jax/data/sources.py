@@ -32,6 +32,7 @@ import numpy as np
 
 from p2r_jax.data.rows import ImageSource, Row, RowError
 from p2r_jax.data.visual_search import VisualSearch, VisualSearchConfig
+from p2r_jax.paths import PREFIX, as_path, is_remote, read_range
 
 CheckImages = Literal["no", "exists", "decode"]
 
@@ -59,8 +60,8 @@ def load_source(name: str | os.PathLike[str], **options: Any) -> Source:
 
     Args:
       name: "visual_search", a benchmark that was prepared ("vstar", "hrbench_4k", ...: see
-        `prepared.BENCHMARKS`), or the path of a prepared dataset or of a `.jsonl` or `.parquet`
-        file.
+        `prepared.BENCHMARKS`), or the path (perhaps gs://) of a prepared dataset or of a `.jsonl`
+        or `.parquet` file.
       **options: for "visual_search" the arguments of `VisualSearch` (`config` may be a dict), for
         benchmarks `folder`, where they were prepared, for files those of `open_file`.
 
@@ -81,7 +82,7 @@ def load_source(name: str | os.PathLike[str], **options: Any) -> Source:
             options.pop(checked, None)  # That was settled when the dataset was prepared.
         if name in BENCHMARKS:
             return open_benchmark(str(name), **options)
-        if is_prepared(Path(name)):
+        if is_prepared(as_path(name)):
             return PreparedSource(name, **options)
     except TypeError as error:
         raise SourceError(f"source {os.fspath(name)!r}: {error}") from error
@@ -112,11 +113,12 @@ def open_file(
     Raises:
       SourceError: no such file, no good row, or more bad rows than allowed.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise SourceError(f"source file not found: {path}")
     records: _Records = _Parquet(path) if path.suffix == ".parquet" else _JsonLines(path)
     good, problems, total = [], [], 0
+    there = functools.cache(_names_in)
     ids: set[str] = set()
     forms: set[str] = set()
     for number, record in records.scan():
@@ -126,7 +128,7 @@ def open_file(
             row = file_row(record, name, path.parent)
             if row.id in ids:
                 raise RowError(row.id, "id", "another row has the same id")
-            _check_image(row, check_images)
+            _check_image(row, check_images, there)
         except RowError as error:
             problems.append(
                 {
@@ -199,25 +201,24 @@ class _JsonLines:
 
     def __init__(self, path: Path):
         self.path = path
-        starts, position = [], 0
-        with open(path, "rb") as file:
+        spans, position = [], 0
+        with path.open("rb") as file:
             for line in file:
                 if line.strip():
-                    starts.append(position)
+                    spans.append((position, position + len(line)))
                 position += len(line)
-        self.starts = np.array(starts, np.int64)
+        self.spans = np.array(spans, np.int64).reshape(-1, 2)
 
     def scan(self) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-        with open(self.path, "rb") as file:
+        with self.path.open("rb") as file:
             lines = (line for line in file if line.strip())
             for number, line in enumerate(lines):
                 yield number, self._parse(number, line)
 
     def read(self, number: int) -> dict[str, Any] | RowError:
         # Opened anew each time: loader threads would race for the position of a shared file.
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[number])
-            return self._parse(number, file.readline())
+        begin, end = map(int, self.spans[number])
+        return self._parse(number, bytes(read_range(self.path, begin, end)))
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any] | RowError:
         name = f"{self.path.name}:{number + 1}"
@@ -240,8 +241,7 @@ class _Parquet:
 
     def __init__(self, path: Path):
         self.path = path
-        parquet = _import_parquet(path)
-        file = parquet.ParquetFile(path)
+        file = _open_parquet(path)
         names = file.schema_arrow.names
         self.image_column = "images" if "images" in names and "image" not in names else "image"
         self.embedded = False
@@ -272,16 +272,16 @@ class _Parquet:
 @functools.lru_cache(maxsize=4)
 def _row_group(path: Path, group: int, column: str) -> list[Any]:
     """One column of one row group."""
-    table = _import_parquet(path).ParquetFile(path).read_row_group(group, columns=[column])
+    table = _open_parquet(path).read_row_group(group, columns=[column])
     return table.column(0).to_pylist()
 
 
-def _import_parquet(path: Path) -> Any:
+def _open_parquet(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise SourceError(f"{path}: parquet files need pyarrow; pip install pyarrow") from error
-    return pyarrow.parquet
+    return pyarrow.parquet.ParquetFile(path.open("rb") if is_remote(path) else path)
 
 
 def file_row(record: dict[str, Any] | RowError, name: str, folder: Path) -> Row:
@@ -341,20 +341,38 @@ def _image_value(value: Any, name: str, folder: Path) -> ImageSource:
     if not value.startswith("data:") and (
         "." in value or (len(value) < 256 and (folder / value).is_file())
     ):
-        return folder / value
+        file = as_path(value) if value.startswith((PREFIX, "/")) else folder / value
+        return functools.partial(_remote_image, file, name) if is_remote(file) else file
     try:
         return base64.b64decode(value.rpartition(",")[2], validate=True)
     except (binascii.Error, ValueError) as error:
         raise RowError(name, "image", f"is neither a file nor base64: {value[:40]!r}") from error
 
 
-def _check_image(row: Row, check: CheckImages) -> None:
+def _remote_image(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise RowError(name, "image", f"file not found: {path}") from error
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    """Of the files. One request for a folder in a bucket, where one for each image takes hours."""
+    return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
+
+
+def _check_image(row: Row, check: CheckImages, there: Callable[[Path], frozenset[str]]) -> None:
+    """there: names of the files of a folder in a bucket."""
     if check == "decode":
         row.load_image()
     elif check == "exists":
         source = row.image_source
         if isinstance(source, Path) and not source.is_file():
             raise RowError(row.id, "image", f"file not found: {source}")
+        if isinstance(source, functools.partial) and source.func is _remote_image:
+            (file, _) = source.args
+            if file.name not in there(file.parent):
+                raise RowError(row.id, "image", f"file not found: {file}")
     elif check != "no":
         raise SourceError(f"check_images is {check!r}; use 'no', 'exists' or 'decode'")
 
@@ -364,9 +382,9 @@ def _list_bad_rows(
 ) -> Path | None:
     if not problems or folder is None:
         return None
-    path = Path(folder) / "bad_rows.jsonl"
+    path = as_path(folder) / "bad_rows.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         for problem in problems:
             file.write(json.dumps(problem, ensure_ascii=False) + "\n")
     return path

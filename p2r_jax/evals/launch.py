@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from p2r_jax.config import BucketConfig, EvalConfig
-from p2r_jax.data.loader import evaluation_batches
+from p2r_jax.data.loader import ImageCache, evaluation_batches
 from p2r_jax.data.rows import Row
 from p2r_jax.data.sources import Source, load_source
 from p2r_jax.data.visual_search import VisualSearch
@@ -28,11 +28,13 @@ from p2r_jax.evals.runner import Decoding, Seconds, evaluate
 from p2r_jax.evals.scoring import format_table, summary_rows
 from p2r_jax.parallel.mesh import for_decoding, make_mesh
 from p2r_jax.parallel.multihost import is_main
+from p2r_jax.paths import as_path
 from p2r_jax.qwen3_vl.hf import ARRAYS, load_pretrained
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.answers import Verifier, require_verifier
 from p2r_jax.roles.grading import Grader
+from p2r_jax.roles.image_store import share_of
 from p2r_jax.roles.pipeline import (
     Pipeline,
     Result,
@@ -59,7 +61,7 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
     modes = parse_modes(config.modes)
     _check_unfinished(config)
     folder = locate_checkpoint(config.model)
-    trained = _settings_of_run(Path(config.model))
+    trained = _settings_of_run(as_path(config.model))
     preset = PRESETS[config.preset]
     processor = Processor.from_pretrained(
         folder,
@@ -71,7 +73,7 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
         source = VisualSearch(config.split, config.seed)
         side, limit = source.config.image_size, config.limit or 1000
     else:
-        source = load_benchmark(config.benchmark, Path(config.data))
+        source = load_benchmark(config.benchmark, as_path(config.data))
         side, limit = 8192, config.limit or len(source)
     # A model that judges itself comes below; what else may be wrong shows before weights are read.
     judges_itself = verifier is None and config.verifier.kind == "model"
@@ -92,7 +94,7 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
     prompts = load_prompt_set(named)
     rings = tuple((config.buckets or BucketConfig()).response_tokens)
     schedule = greedy_schedule(config.batch, rings)
-    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, schedule)
+    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, schedule, model.kernels)
     total = max(0, min(limit, len(source) - config.offset))
     if not total:
         raise ValueError(f"offset {config.offset} leaves no row of {len(source)}")
@@ -121,15 +123,22 @@ def run_evaluation(config: EvalConfig, verifier: Verifier | None = None) -> dict
         "seed": config.seed,
         "verifier": config.verifier.kind,
     }
-    writer = EvalWriter(Path(config.out), config.name, config.pictures, depends_on, config.resume)
+    writer = EvalWriter(config.out, config.name, config.pictures, depends_on, config.resume)
     if writer.earlier:
         console.print(f"going on with {len(writer.earlier)} records", highlight=False)
     begin, seconds = time.perf_counter(), Seconds()
+    cache = ImageCache(int(config.image_cache_gib * 2**30))
     records = evaluate(
         pipeline,
         params,
         lambda wanted: evaluation_batches(
-            source, config.batch, total, config.offset, wanted=wanted
+            source,
+            config.batch,
+            total,
+            config.offset,
+            wanted=wanted,
+            share=share_of(mesh),
+            cache=cache,
         ),
         config.modes,
         decoding,
@@ -175,7 +184,7 @@ def as_published(row: Row) -> str:
 def load_benchmark(name: str, data: Path) -> Source:
     """A file of rows, or a benchmark that was prepared under `data`. Raises SourceError saying how
     to prepare it."""
-    if Path(name).suffix in (".jsonl", ".parquet") or Path(name).exists():
+    if Path(name).suffix in (".jsonl", ".parquet") or as_path(name).exists():
         return load_source(name)
     return load_source(name, folder=data)
 
@@ -187,7 +196,7 @@ def most_views(modes: Sequence[Mode]) -> int:
 
 
 def _check_unfinished(config: EvalConfig) -> None:
-    file = Path(config.out) / "eval" / f"{config.name}.jsonl"
+    file = as_path(config.out) / "eval" / f"{config.name}.jsonl"
     if file.is_file() and not file.with_suffix(".json").is_file() and not config.resume:
         raise ValueError(
             f"{file} was not finished: go on with --resume true, choose another --name, or delete "

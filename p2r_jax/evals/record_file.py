@@ -1,15 +1,19 @@
-"""Records of an evaluation on disk: appended as they come, taken up again after a kill.
+"""Records of an evaluation: appended as they come, taken up again after a kill.
 
 OUT/eval/NAME.jsonl      one record a line, in the order of the questions
 OUT/eval/NAME.run.json   what the records depend on; another run does not go on with them
 OUT/eval/NAME.json       the summary by mode, written at the end
 OUT/eval/images/         pictures of some
+
+In a bucket records are appended some seconds' worth at a time: those since then are lost with the
+process, and are made again.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import os
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,14 @@ from PIL import Image
 from p2r_jax.data.loader import LoadedRow
 from p2r_jax.evals.scoring import summarize_modes
 from p2r_jax.parallel.multihost import any_process, is_main
+from p2r_jax.paths import as_path, is_remote, write_whole
 from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.render import crops
 
 Record = dict[str, Any]
+
+BUCKET_SECONDS = 10.0
+"""Between two appendings to a file in a bucket, which takes no more than one a second."""
 
 
 class EvalWriter:
@@ -30,7 +38,7 @@ class EvalWriter:
 
     def __init__(
         self,
-        run: Path,
+        run: str | Path,
         name: str,
         pictures: int,
         fingerprint: dict[str, Any] | None = None,
@@ -41,7 +49,8 @@ class EvalWriter:
 
         Raises ValueError naming what differs.
         """
-        self.folder = run / "eval"
+        self.folder = as_path(run) / "eval"
+        self._flushed = time.monotonic()
         self.name = name
         self.pictures = pictures
         self.pictured: dict[str, int] = {}
@@ -62,7 +71,9 @@ class EvalWriter:
             (self.folder / f"{name}.json").unlink(missing_ok=True)  # There is none until the end.
             if fingerprint is not None:
                 described.write_text(json.dumps(fingerprint, indent=2) + "\n")
-            self.file = file.open("a" if self.earlier else "w")
+            if not self.earlier:
+                file.write_text("")
+            self.file = file.open("a")
 
     def _check(self, described: Path, fingerprint: dict[str, Any] | None) -> None:
         before = json.loads(described.read_text()) if described.is_file() else None
@@ -85,7 +96,10 @@ class EvalWriter:
                 self.folder.parent, f"eval/images/{record['id'].replace('/', '_')}", record, loaded
             )
         self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        now = time.monotonic()
+        if not is_remote(self.folder) or now - self._flushed > BUCKET_SECONDS:
+            self.file.flush()
+            self._flushed = now
 
     def finish(self, records: list[Record]) -> dict[str, Any]:
         """Write and return the summary by mode, of all records; answers that nothing could grade
@@ -97,9 +111,7 @@ class EvalWriter:
             return summary
         self.file.close()
         file = self.folder / f"{self.name}.json"
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(temporary, file)
+        write_whole(file, json.dumps(summary, indent=2) + "\n")
         return summary
 
 
@@ -108,8 +120,7 @@ def _whole_lines(file: Path) -> list[Record]:
     raw = file.read_bytes()
     end = raw.rfind(b"\n") + 1
     if end < len(raw) and is_main():
-        with file.open("r+b") as opened:
-            opened.truncate(end)
+        write_whole(file, raw[:end])
     return [json.loads(line) for line in raw[:end].splitlines()]
 
 
@@ -126,12 +137,18 @@ def save_pictures(
     if not image.exists():
         picture = Image.fromarray(loaded.image)
         picture.thumbnail((longest or picture.width, longest or picture.height))
-        picture.save(image, quality=90)
+        _save(picture, image)
     boxes = [Box(tuple(b["bbox_2d"]), b["label"]) for b in record["boxes"]]
     paths = []
     for i, crop in enumerate(crops(loaded.image, boxes)):
         path = run / f"{stem}_{record['mode']}_crop{i}.jpg"
         crop.thumbnail((longest or crop.width, longest or crop.height))
-        crop.save(path, quality=90)
+        _save(crop, path)
         paths.append(str(path.relative_to(run)))
     return {"image": str(image.relative_to(run)), "crops": paths}
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=90)
+    path.write_bytes(encoded.getvalue())

@@ -51,6 +51,7 @@ from p2r_jax.evals.run_folder import (
     stratified,
 )
 from p2r_jax.evals.stage_time import StageTime, stage_time
+from p2r_jax.paths import as_path, write_whole
 
 IMAGE_SIDE = 640
 """Longest side of an embedded picture, pixels, if there are few."""
@@ -90,7 +91,7 @@ def write_report(
       FileNotFoundError: the folder does not exist or holds none of `INPUTS`, or `against` holds no
         evaluation.
     """
-    run = Path(run_dir)
+    run = as_path(run_dir)
     if not run.is_dir():
         raise FileNotFoundError(f"no run folder at {run}")
     missing = {name: use for name, use in INPUTS.items() if not any(run.glob(name))}
@@ -108,7 +109,7 @@ def write_report(
     n_samples = min(MAX_SAMPLES, max(max_cards // 2, max_cards - len(records)))
     if not sample_files:
         n_samples = 0
-    other = None if against is None else Against.read(Path(against), notes)
+    other = None if against is None else Against.read(as_path(against), notes)
     marks = marks_of(evals, other)
 
     def marks_on(record: Mapping[str, Any]) -> list[Mark]:
@@ -184,12 +185,10 @@ def write_report(
         "notes": notes,
         "hover": [c.hover for c in _all_charts(curves, time)],
     }
-    path = run / "report.html" if out is None else Path(out)
+    path = run / "report.html" if out is None else as_path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     # Model output may hold lone surrogates, which UTF-8 cannot carry.
-    temporary.write_bytes(render(context).encode("utf-8", errors="replace"))
-    os.replace(temporary, path)
+    write_whole(path, render(context).encode("utf-8", errors="replace"))
     return path
 
 

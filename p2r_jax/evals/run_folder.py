@@ -69,7 +69,7 @@ class Pictures:
         # A report is made to be passed on; records must not be able to pull in other files.
         if Path(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise ValueError("not inside the run folder")
-        with Image.open(self.run / path) as image:
+        with (self.run / path).open("rb") as file, Image.open(file) as image:
             image.thumbnail((side, side))
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, "JPEG", quality=82, optimize=True)

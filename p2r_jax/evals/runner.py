@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 import zlib
 from collections import defaultdict
@@ -13,7 +14,7 @@ from typing import Any
 from flax import nnx
 from rich.progress import Progress
 
-from p2r_jax.data.loader import LoadedRow
+from p2r_jax.data.loader import LoadedRow, shared_images
 from p2r_jax.data.rows import Row
 from p2r_jax.evals.modes import GRID, Mode, donors, parse_modes, random_boxes
 from p2r_jax.evals.record_file import Record
@@ -29,8 +30,8 @@ from p2r_jax.roles.answers import (
 )
 from p2r_jax.roles.boxes import Box, ParsedBoxes, parse_response
 from p2r_jax.roles.grading import Grader
+from p2r_jax.roles.image_store import ImageStore, parts, share_of
 from p2r_jax.roles.pipeline import Pipeline
-from p2r_jax.roles.requests import ImageStore
 from p2r_jax.rollout.sampling import Sampling
 
 PASSED_ON = ("cluster", "image_hash")
@@ -145,6 +146,18 @@ Question = tuple[int, str, str]
 """(index of the image, question with options, answer form)."""
 
 
+@dataclasses.dataclass
+class _Uploaded:
+    """Rows whose images are on the devices."""
+
+    rows: list[LoadedRow]
+    images: ImageStore
+    image_of: list[int]
+    """Number of each row's image: rows may share one."""
+    perceived: dict[Any, tuple[str, ParsedBoxes]] = dataclasses.field(default_factory=dict)
+    """What perceivers wrote to these rows."""
+
+
 class _Run:
     """What stays the same over the batches of an evaluation."""
 
@@ -196,26 +209,57 @@ class _Run:
     def batch(
         self, batch: list[LoadedRow], modes: Sequence[Mode], done: Collection[Key]
     ) -> Iterator[tuple[Record, LoadedRow]]:
-        """The records of a batch that are not done."""
+        """The records of a batch that are not done, by mode, sample and row."""
+        first, *others = self._parts(batch)
+        records = self._part(first, batch, modes, done)
+        if others:  # Else they are in order, and are told as they come.
+            more = (record for part in others for record in self._part(part, batch, modes, done))
+            records = iter(sorted(itertools.chain(records, more), key=lambda record: record[0]))
+        yield from (record for _, record in records)
+
+    def _parts(self, batch: list[LoadedRow]) -> list[list[int]]:
+        """Numbers of the rows whose images are uploaded together: most often all of them."""
+        numbers = shared_images([loaded.row for loaded in batch])
+        firsts = [batch[numbers.index(number)] for number in range(max(numbers) + 1)]
+        builder = self.pipeline.builder
+        shards = share_of(builder.mesh).shards_of(len(firsts))
+        shards = [s if r.shard is None else r.shard for r, s in zip(firsts, shards, strict=True)]
+        together = parts([loaded.size for loaded in firsts], shards, builder.buckets)
+        return [[i for i, number in enumerate(numbers) if number in part] for part in together]
+
+    def _part(
+        self,
+        part: list[int],
+        batch: list[LoadedRow],
+        modes: Sequence[Mode],
+        done: Collection[Key],
+    ) -> Iterator[tuple[tuple[int, int, int], tuple[Record, LoadedRow]]]:
+        """Records with what sorts them, of some rows of a batch."""
         wanted = [
-            (mode, sample, rows)
-            for mode in modes
+            (number, sample, rows)
+            for number, mode in enumerate(modes)
             for sample in self.samples
-            if (
-                rows := [
-                    i for i, b in enumerate(batch) if sample in self.missing(b.row, mode, done)
-                ]
-            )
+            if (rows := [i for i in part if sample in self.missing(batch[i].row, mode, done)])
         ]
         if not wanted:
             return
         with self.seconds("upload"):
-            images = ImageStore.upload(
-                [b.image for b in batch], self.pipeline.builder.buckets, self.pipeline.builder.mesh
-            )
-        perceived: dict[Any, tuple[str, ParsedBoxes]] = {}
-        for mode, sample, rows in wanted:
-            yield from self._answer(batch, images, mode, sample, rows, perceived)
+            uploaded = self._upload([batch[i] for i in part])
+        for number, sample, rows in wanted:
+            own = [part.index(i) for i in rows]
+            records = self._answer(uploaded, modes[number], sample, own)
+            for i, record in zip(rows, records, strict=True):
+                yield (number, sample, i), record
+
+    def _upload(self, rows: list[LoadedRow]) -> _Uploaded:
+        numbers = shared_images([loaded.row for loaded in rows])
+        firsts = [rows[numbers.index(number)] for number in range(max(numbers) + 1)]
+        # Few sizes, however many rows share an image.
+        room = min(len(rows), 1 << (len(firsts) - 1).bit_length())
+        builder = self.pipeline.builder
+        return _Uploaded(
+            rows, ImageStore.of_rows(firsts, builder.buckets, builder.mesh, room), numbers
+        )
 
     def missing(self, row: Row, mode: Mode, done: Collection[Key]) -> list[int]:
         """Samples of a row that are to be answered in this mode."""
@@ -224,23 +268,19 @@ class _Run:
         return [s for s in self.samples if (row.id, mode.name, s) not in done]
 
     def _answer(
-        self,
-        batch: list[LoadedRow],
-        images: ImageStore,
-        mode: Mode,
-        sample: int,
-        rows: list[int],
-        perceived: dict[Any, tuple[str, ParsedBoxes]],
+        self, uploaded: _Uploaded, mode: Mode, sample: int, rows: list[int]
     ) -> list[tuple[Record, LoadedRow]]:
-        """Records of one mode. perceived: what perceivers wrote to this batch, filled in."""
+        """Records of one mode. rows: of `uploaded`."""
+        batch = uploaded.rows
         chosen = [batch[i].row for i in rows]
         questions = [
-            (i, self.asked(row), row.answer_form) for i, row in zip(rows, chosen, strict=True)
+            (uploaded.image_of[i], self.asked(row), row.answer_form)
+            for i, row in zip(rows, chosen, strict=True)
         ]
         texts: list[str | None] = [None for _ in rows]
         boxes: list[list[Box]] = [[] for _ in rows]
         if mode.boxes in ("perceiver", "random"):
-            wrote = self._perceive(images, mode.frozen[0], sample, batch, questions, perceived)
+            wrote = self._perceive(uploaded, mode.frozen[0], sample, rows, questions)
             boxes = [list(parsed.boxes) for _, parsed in wrote]
             if mode.boxes == "perceiver":
                 texts = [text for text, _ in wrote]
@@ -257,7 +297,8 @@ class _Run:
         elif mode.boxes == "grid":
             boxes = [GRID for _ in rows]
         with self.seconds("answer"):
-            answers = self._write(mode, images, questions, boxes, self._seeds(chosen, mode, sample))
+            seeds = self._seeds(chosen, mode, sample)
+            answers = self._write(mode, uploaded.images, questions, boxes, seeds)
         graded = [_answer(mode, batch[i], text) for i, text in zip(rows, answers, strict=True)]
         with self.seconds("grade"):
             grades = self.grader.grade(graded)
@@ -268,24 +309,32 @@ class _Run:
 
     def _perceive(
         self,
-        images: ImageStore,
+        uploaded: _Uploaded,
         frozen: bool,
         sample: int,
-        batch: list[LoadedRow],
+        rows: list[int],
         questions: Sequence[Question],
-        perceived: dict[Any, tuple[str, ParsedBoxes]],
     ) -> list[tuple[str, ParsedBoxes]]:
-        """Each perceiver writes once for all modes of a batch."""
-        missing = [q for q in questions if (frozen, sample, q[0]) not in perceived]
+        """Each perceiver writes once for all modes. questions: of these rows."""
+        perceived = uploaded.perceived
+        missing = [
+            (i, question)
+            for i, question in zip(rows, questions, strict=True)
+            if (frozen, sample, i) not in perceived
+        ]
         if missing:
-            seeds = self._seeds([batch[i].row for i, *_ in missing], None, sample)
+            seeds = self._seeds([uploaded.rows[i].row for i, _ in missing], None, sample)
             with self.seconds("perceive"):
                 wrote = self.pipeline.perceive(
-                    self.weights[frozen], images, missing, self.decoding.perceiver, seeds
+                    self.weights[frozen],
+                    uploaded.images,
+                    [question for _, question in missing],
+                    self.decoding.perceiver,
+                    seeds,
                 )
-            for question, own in zip(missing, wrote, strict=True):
-                perceived[frozen, sample, question[0]] = own
-        return [perceived[frozen, sample, i] for i, *_ in questions]
+            for (i, _), own in zip(missing, wrote, strict=True):
+                perceived[frozen, sample, i] = own
+        return [perceived[frozen, sample, i] for i in rows]
 
     def _write(
         self,
@@ -337,7 +386,7 @@ def _record(
     grade: float | None,
 ) -> Record:
     row = loaded.row
-    height, width = loaded.image.shape[:2]
+    height, width = loaded.size
     text = answer.response
     tagged = has_answer_tag(text) or not answer.require_tag
     prediction = extract_answer(text) if tagged else None

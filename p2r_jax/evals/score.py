@@ -28,6 +28,7 @@ from p2r_jax.evals.scoring import (
     summarize_modes,
     summary_rows,
 )
+from p2r_jax.paths import as_path
 
 BASES = ("default", "thinking", "baseline")
 """Modes without evidence; the first that was answered is what the others are compared with."""
@@ -64,7 +65,7 @@ def read_records(path: Path) -> Reading:
         (id, mode, sample) has two different records.
     """
     if not path.is_file():
-        near = sorted([*path.parent.glob("*.jsonl"), *path.glob("**/*.jsonl")])[:5]
+        near = sorted([*path.parent.glob("*.jsonl"), *path.rglob("*.jsonl")])[:5]
         there = f": there is {', '.join(map(str, near))}" if near else ""
         raise FileNotFoundError(f"no file of records at {path}{there}")
     lines = path.read_text("utf-8", errors="replace").split("\n")
@@ -108,9 +109,9 @@ def regrade(records: Sequence[Record]) -> tuple[list[dict[str, Any]], int]:
 
 
 def score_file(
-    path: Path,
-    against: Path | None = None,
-    out: Path | None = None,
+    path: str | Path,
+    against: str | Path | None = None,
+    out: str | Path | None = None,
     modes: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def score_file(
         graded record at all, or runs that share no question.
     """
     console = console or Console()
+    path, against = as_path(path), as_path(against) if against else None
     result, sides = _side(path, modes)
     pairs = _pairs_within(path.stem, sides)
     if against is not None:
@@ -152,7 +154,7 @@ def score_file(
     for side in filter(None, (result, result.get("against"))):
         for note in _notes(side):
             console.print(f"{side['file']}: {note}", markup=False, highlight=False, soft_wrap=True)
-    folder = out or path.parent / "score"
+    folder = as_path(out) if out else path.parent / "score"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{path.stem}.json"
     target.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")

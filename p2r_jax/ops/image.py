@@ -12,7 +12,7 @@ resized onto a canvas of Hc×Wc pixels; N patches a row, of T·p·p pixels (T fr
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -35,10 +35,11 @@ OUTLINE_COLORS: tuple[tuple[int, int, int], ...] = (
 )
 
 PassOrder: TypeAlias = Literal["pillow", "width_first"]
+Implementation: TypeAlias = Literal["xla", "pallas_tpu", "pallas_tpu_interpret"]
 
-# Side of the source tiles that resizing streams through. 128 fills a TPU matrix unit, and on a CPU
-# small crops hardly pay for pixels they do not show while large ones still run near peak.
-_TILE = 128
+# How resizing is divided, best of those tried on a CPU: source rows at a time; along the width,
+# outputs at a time and source pixels that are weighed for them; along the height, outputs.
+_BAND, _OUTPUTS, _WINDOW, _LINES = 64, 32, 64, 64
 
 # One bit per box; also a multiple of the number of colours, so a new word restarts the cycle.
 _BOXES_PER_WORD = 32
@@ -87,29 +88,28 @@ def draw_outlines(
     return _paint(tile, 0, 0, size, boxes, count, line_width).transpose(0, 2, 1)
 
 
-def resample_matrix(
-    start: Int32[Array, ""],
-    stop: Int32[Array, ""],
-    out_size: Int32[Array, ""],
-    *,
-    in_extent: int,
-    out_extent: int,
-) -> Float32[Array, "{out_extent} {in_extent}"]:
-    """Weights that crop [start, stop) of one axis and resize it to `out_size` pixels.
-
-    Pillow's BICUBIC: Keys' cubic with a = -0.5, widened by the scale when shrinking, each row
-    normalised over the pixels of the crop. Zero outside the crop and in rows from `out_size` on.
-
-    Raises:
-      ValueError: the extents are so large that pixel positions would overflow int32.
-    """
+def check_extents(in_extent: int, out_extent: int) -> None:
+    """Raises ValueError if pixel positions between axes of these lengths would overflow int32."""
     if 2 * in_extent * out_extent >= 2**31:
         raise ValueError(
             f"in_extent {in_extent} × out_extent {out_extent} overflows int32; their product must "
             "stay below 2**30"
         )
-    source = jnp.arange(in_extent, dtype=jnp.int32)
-    target = jnp.arange(out_extent, dtype=jnp.int32)[:, None]
+
+
+def cubic_weights(
+    source: Int32[Array, "*n"],
+    target: Int32[Array, "*m"],
+    start: Int32[Array, ""],
+    stop: Int32[Array, ""],
+    out_size: Int32[Array, ""],
+) -> Float32[Array, "*nm"]:
+    """What pixels of the crop [start, stop) of an axis contribute to the `out_size` it becomes.
+
+    Pillow's BICUBIC: Keys' cubic with a = -0.5, widened by the scale when shrinking. Zero for
+    pixels outside the crop and targets from `out_size` on; to be divided by their sum over the
+    source.
+    """
     in_size = stop - start
     # Distance between pixel centres, (x + ½ - start) - (y + ½)·in/out, times 2·out. In integers,
     # because float32 positions of a few thousand pixels are too coarse for weights this exact.
@@ -117,9 +117,7 @@ def resample_matrix(
     stretch = jnp.maximum(2 * jnp.maximum(in_size, out_size), 1)
     weights = _keys_cubic(jnp.abs(distance).astype(jnp.float32) / stretch.astype(jnp.float32))
     inside = (source >= start) & (source < stop) & (target < out_size)
-    weights = jnp.where(inside, weights, 0.0)
-    total = weights.sum(axis=1, keepdims=True)
-    return weights / jnp.where(total == 0.0, 1.0, total)
+    return jnp.where(inside, weights, 0.0)
 
 
 def crop_resize(
@@ -150,15 +148,14 @@ def crop_resize(
       The result in the top left corner of the canvas, zero elsewhere.
 
     Raises:
-      ValueError: unknown `pass_order`, or extents too large for `resample_matrix`.
+      ValueError: unknown `pass_order`, or extents too large for int32.
     """
 
     def load_tile(row: Array, column: Array, shape: tuple[int, int]) -> Array:
-        return lax.dynamic_slice(image, (row, column, 0), (*shape, 3)).transpose(0, 2, 1)
+        return _tile(image.reshape(1, image.shape[0], -1), jnp.int32(0), row, column, shape)
 
-    return _crop_resize(
-        load_tile, (image.shape[0], image.shape[1]), crop, target, canvas, pass_order
-    )
+    extent = image.shape[0], image.shape[1]
+    return _crop_resize(load_tile, extent, crop, target, canvas, pass_order).swapaxes(1, 2)
 
 
 def patchify(
@@ -185,19 +182,13 @@ def patchify(
     Raises:
       ValueError: the canvas does not divide into patches.
     """
-    slots, height, width, channels = canvases.shape
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"canvas {height}×{width} is not a multiple of patch_size {patch_size}")
-    rows, columns = height // patch_size, width // patch_size
-    grid = canvases.reshape(slots, rows, patch_size, columns, patch_size, channels)
-    # Patches are gathered as bytes, and only then become (four times larger) floats.
-    flat = grid.transpose(0, 1, 3, 5, 2, 4).reshape(slots * rows * columns, channels, 1, -1)
-    index = (slot * rows + row_col[:, 0]) * columns + row_col[:, 1]
-    valid = slot >= 0
-    pixels = _normalize(flat[jnp.where(valid, index, 0)])
-    pixels = jnp.where(valid[:, None, None, None], pixels, 0.0)
-    shape = (slot.shape[0], channels, temporal_patch_size, patch_size * patch_size)
-    return jnp.broadcast_to(pixels, shape).reshape(slot.shape[0], -1)
+    return _cut(
+        canvases.swapaxes(2, 3),
+        slot,
+        row_col,
+        patch_size=patch_size,
+        temporal_patch_size=temporal_patch_size,
+    )
 
 
 def render_patches(
@@ -211,7 +202,7 @@ def render_patches(
     patch_size: int,
     temporal_patch_size: int,
     pass_order: PassOrder = "pillow",
-    implementation: str = "xla",
+    implementation: Implementation = "xla",
     chunk: int | None = None,
 ) -> Float32[Array, "B N D"]:
     """Renders every view (outlines at full resolution, crop, resize) and cuts it into patches.
@@ -220,7 +211,8 @@ def render_patches(
     `jax.shard_map`: the partitioner would otherwise replicate the loop on every device.
 
     Args:
-      images: padded source images.
+      images: padded source images; for a kernel as `ops.image_kernel.to_kernel_layout` returns
+        them, [I, 3, h, w].
       sizes: height and width of each image's valid region.
       views: what to render, leading axes [B, S].
       slot: the view of its row that each patch comes from; -1 = padding.
@@ -229,27 +221,49 @@ def render_patches(
       patch_size: p, pixels a side.
       temporal_patch_size: T, how often the frame is repeated.
       pass_order: as in `crop_resize`.
-      implementation: "xla".
-      chunk: views rendered at once; None = one after another. A group shares larger matrix products
-        but does for every view the work of its largest, in both pass orders, unused slots included;
-        on a CPU it is several times slower.
+      implementation: "xla" runs anywhere and is the route for GPUs (tested with the compiler for
+        H100). On a TPU it would copy the images; "pallas_tpu" is the kernel for that, for patches
+        of 16 pixels, none of them listed twice. "pallas_tpu_interpret" runs it on any machine.
+      chunk: for "xla", views rendered at once; None = one after another. A group shares larger
+        matrix products but does for every view the work of its largest, in both pass orders, unused
+        slots included; on a CPU it is several times slower.
 
     Returns:
       Flattened (3, T, p, p) patches, D = 3·T·p·p, as `patchify`.
 
     Raises:
-      ValueError: unknown `implementation` or `pass_order`, or a canvas that does not divide into
-        patches.
+      ValueError: unknown `implementation` or `pass_order`, a canvas that does not divide into
+        patches, extents too large for int32, or what the kernel cannot do.
     """
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation {implementation!r} is unknown; available: {get_args(Implementation)}"
+        )
+    _check_pass_order(pass_order)
+    _check_canvas(canvas, patch_size)
     if implementation != "xla":
-        raise ValueError(f"implementation {implementation!r} is unknown; available: 'xla'")
+        from p2r_jax.ops import image_kernel  # Which builds upon this module.
+
+        channels = image_kernel.render_listed(
+            images,
+            sizes,
+            views,
+            slot,
+            row_col,
+            canvas=canvas,
+            patch_size=patch_size,
+            turn_tall=pass_order == "pillow",
+            interpret=implementation == "pallas_tpu_interpret",
+        )
+        return _frames(channels, slot >= 0, temporal_patch_size)
+
     batch, slots = views.image_index.shape
     extent = (images.shape[1], images.shape[2])
+    lines = images.reshape(*images.shape[:2], -1)
 
     def render(view: Views) -> Array:
         def load_tile(row: Array, column: Array, shape: tuple[int, int]) -> Array:
-            start = (view.image_index, row, column, 0)
-            tile = lax.dynamic_slice(images, start, (1, *shape, 3))[0].transpose(0, 2, 1)
+            tile = _tile(lines, view.image_index, row, column, shape)
             # Painting tile by tile gives the pixels of a painted image without copying the image.
             outlines = view.outlines, view.outline_count, view.line_width
             return lax.cond(
@@ -261,13 +275,68 @@ def render_patches(
         return lax.cond(
             jnp.all(view.target > 0),
             lambda: _crop_resize(load_tile, extent, view.crop, view.target, canvas, pass_order),
-            lambda: jnp.zeros((*canvas, 3), jnp.uint8),
+            lambda: jnp.zeros((canvas[0], 3, canvas[1]), jnp.uint8),
         )
 
     flat_views = jax.tree.map(lambda leaf: leaf.reshape(batch * slots, *leaf.shape[2:]), views)
-    canvases = lax.map(render, flat_views, batch_size=chunk).reshape(batch, slots, *canvas, 3)
-    cut = partial(patchify, patch_size=patch_size, temporal_patch_size=temporal_patch_size)
+    canvases = lax.map(render, flat_views, batch_size=chunk)
+    canvases = canvases.reshape(batch, slots, *canvases.shape[1:])
+    cut = partial(_cut, patch_size=patch_size, temporal_patch_size=temporal_patch_size)
     return jax.vmap(cut)(canvases, slot, row_col)
+
+
+def _check_pass_order(pass_order: str) -> None:
+    if pass_order not in get_args(PassOrder):
+        raise ValueError(f"pass_order {pass_order!r} is unknown; available: {get_args(PassOrder)}")
+
+
+def _check_canvas(canvas: tuple[int, int], patch_size: int) -> None:
+    height, width = canvas
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"canvas {height}×{width} is not a multiple of patch_size {patch_size}")
+
+
+def _cut(
+    canvases: UInt8[Array, "S Hc 3 Wc"],
+    slot: Int32[Array, " N"],
+    row_col: Int32[Array, "N 2"],
+    *,
+    patch_size: int,
+    temporal_patch_size: int,
+) -> Float32[Array, "N D"]:
+    """`patchify` of canvases with their channels in the middle, as resizing leaves them."""
+    slots, height, channels, width = canvases.shape
+    _check_canvas((height, width), patch_size)
+    rows, columns = height // patch_size, width // patch_size
+    grid = canvases.reshape(slots, rows, patch_size, channels, columns, patch_size)
+    # Patches are gathered as bytes, and only then become (four times larger) floats.
+    flat = grid.transpose(0, 1, 4, 3, 2, 5).reshape(slots * rows * columns, channels, -1)
+    index = (slot * rows + row_col[:, 0]) * columns + row_col[:, 1]
+    valid = slot >= 0
+    pixels = flat[jnp.where(valid, index, 0)]
+    return _frames([pixels[:, c] for c in range(channels)], valid, temporal_patch_size)
+
+
+def _frames(
+    channels: Sequence[UInt8[Array, "*batch d"]], valid: Bool[Array, "*batch"], frames: int
+) -> Float32[Array, "*batch D"]:
+    """Patches as the vision tower reads them: normalised, every frame the same, padding zero."""
+    values = [jnp.where(valid[..., None], normalize(channel), 0.0) for channel in channels]
+    # Side by side rather than reshaped, which a TPU could do only by writing them twice.
+    return jnp.concatenate([value for value in values for _ in range(frames)], axis=-1)
+
+
+def _tile(
+    lines: UInt8[Array, "I H W*3"], image: Array, row: Array, column: Array, shape: tuple[int, int]
+) -> UInt8[Array, "h 3 w"]:
+    """Some pixels of an image, their channels moved to the middle.
+
+    Taken from whole lines of bytes, as of [H, W, 3] the compiler for GPUs would rather transpose
+    the whole image first.
+    """
+    height, width = shape
+    tile = lax.dynamic_slice(lines, (image, row, 3 * column), (1, height, 3 * width))
+    return tile.reshape(height, width, 3).transpose(0, 2, 1)
 
 
 def _paint(
@@ -290,23 +359,46 @@ def _paint(
         word = boxes[first : first + _BOXES_PER_WORD]
         x0, y0, x1, y1 = (word[:, i, None] for i in range(4))
         number = first + jnp.arange(word.shape[0], dtype=jnp.int32)[:, None]
-        drawn = (number < count) & (x0 <= x1) & (y0 <= y1) & (y < size[0])
+        drawn = number < count
+        bars, across, between, uprights = outline_parts(
+            y, x, (size[0], size[1]), (x0, y0, x1, y1), line_width
+        )
+        bars, between = drawn & bars, drawn & between
 
-        across = (x >= x0) & (x <= x1) & (x < size[1])
-        bars = drawn & (((y >= y0) & (y < y0 + line_width)) | ((y <= y1) & (y > y1 - line_width)))
-        # Pillow draws the uprights from y0 + width up to, not including, y1 - width + 1. Where the
-        # bars overlap it draws upwards, so a box shorter than its line spills below itself.
-        begin, end = y0 + line_width, y1 - line_width + 1
-        between = drawn & (((y >= begin) & (y < end)) | ((y <= begin) & (y > end)))
-        # Likewise a box narrower than its line spills sideways, but between the bars only.
-        uprights = ((x >= x0) & (x < x0 + line_width)) | ((x <= x1) & (x > x1 - line_width))
-        uprights &= x < size[1]
-
-        painted = _pack_bits(bars)[:, None] & _pack_bits(across)
-        painted |= _pack_bits(between)[:, None] & _pack_bits(uprights)
-        last = _BOXES_PER_WORD - 1 - lax.clz(painted)
-        tile = jnp.where((painted != 0)[:, None], _outline_color(last[:, None]), tile)
+        rows = [_pack_bits(flags) for flags in (bars, between)]
+        columns = [_pack_bits(flags) for flags in (across, uprights)]
+        draw = partial(_draw, tile, rows, columns)
+        # Few tiles have a line in them, even of those in the middle of boxes.
+        hit = [_any_bits(row) & _any_bits(col) for row, col in zip(rows, columns, strict=True)]
+        tile = lax.cond((hit[0] | hit[1]) != 0, draw, lambda tile=tile: tile)
     return tile
+
+
+def _draw(tile: Array, rows: Sequence[Array], columns: Sequence[Array]) -> Array:
+    """Colours pixels by the last box of either pair (rows, columns) of words of bits."""
+    painted = rows[0][:, None] & columns[0] | rows[1][:, None] & columns[1]
+    last = _BOXES_PER_WORD - 1 - lax.clz(painted)
+    return jnp.where((painted != 0)[:, None], _outline_color(last[:, None]), tile)
+
+
+def outline_parts(
+    y: Array, x: Array, size: Sequence[Array], box: Sequence[Array], line_width: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Flags whose combination bars & across | between & uprights is the outline of a box.
+
+    The first and third depend on y, the others on x. Shapes are broadcast.
+    """
+    x0, y0, x1, y1 = box
+    drawn = (x0 <= x1) & (y0 <= y1) & (y < size[0])
+    across = (x >= x0) & (x <= x1) & (x < size[1])
+    bars = drawn & (((y >= y0) & (y < y0 + line_width)) | ((y <= y1) & (y > y1 - line_width)))
+    # Pillow draws the uprights from y0 + width up to, not including, y1 - width + 1. Where the
+    # bars overlap it draws upwards, so a box shorter than its line spills below itself.
+    begin, end = y0 + line_width, y1 - line_width + 1
+    between = drawn & (((y >= begin) & (y < end)) | ((y <= begin) & (y > end)))
+    # Likewise a box narrower than its line spills sideways, but between the bars only.
+    uprights = ((x >= x0) & (x < x0 + line_width)) | ((x <= x1) & (x > x1 - line_width))
+    return bars, across, between, uprights & (x < size[1])
 
 
 def _outline_color(box: UInt32[Array, "h 1 w"]) -> UInt8[Array, "h 3 w"]:
@@ -324,6 +416,11 @@ def _pack_bits(flags: Bool[Array, "k n"]) -> Array:
     """[k, n] flags, k ≤ 32 → [n] words, flag i in bit i."""
     bits = jnp.arange(flags.shape[0], dtype=jnp.uint32)[:, None]
     return (flags.astype(jnp.uint32) << bits).sum(axis=0, dtype=jnp.uint32)
+
+
+def _any_bits(words: UInt32[Array, " n"]) -> UInt32[Array, ""]:
+    """Bits that are set in any of the words."""
+    return lax.reduce(words, jnp.uint32(0), lax.bitwise_or, (0,))
 
 
 class _Axis(NamedTuple):
@@ -344,13 +441,8 @@ class _Axis(NamedTuple):
         """How many pixels the axis loses."""
         return self.length - self.size
 
-    @property
-    def tile(self) -> int:
-        return min(_TILE, self.extent)
-
-    def matrix(self) -> Float32[Array, "canvas extent"]:
-        start, stop, size, extent, canvas = self
-        return resample_matrix(start, stop, size, in_extent=extent, out_extent=canvas)
+    def weights(self, source: Array, target: Array) -> Float32[Array, "*n"]:
+        return cubic_weights(source, target, self.start, self.stop, self.size)
 
 
 def _crop_resize(
@@ -360,16 +452,17 @@ def _crop_resize(
     target: Int32[Array, " 2"],
     canvas: tuple[int, int],
     pass_order: PassOrder,
-) -> UInt8[Array, "Hc Wc 3"]:
+) -> UInt8[Array, "Hc 3 Wc"]:
     """`crop_resize` of an image of `extent` (height, width) that is only ever seen as tiles."""
-    if pass_order not in get_args(PassOrder):
-        raise ValueError(f"pass_order {pass_order!r} is unknown; available: {get_args(PassOrder)}")
+    _check_pass_order(pass_order)
+    for source, size in zip(extent, canvas, strict=True):
+        check_extents(source, size)
     left, top, right, bottom = jnp.clip(crop, 0, jnp.array([*extent[::-1], *extent[::-1]]))
     vertical = _Axis(top, bottom, target[0], extent[0], canvas[0])
     horizontal = _Axis(left, right, target[1], extent[1], canvas[1])
 
     def width_first() -> Array:
-        return _resize_by_tiles(load_tile, vertical, horizontal).swapaxes(1, 2)
+        return _resize_by_tiles(load_tile, vertical, horizontal)
 
     if pass_order == "width_first":
         return width_first()
@@ -378,7 +471,7 @@ def _crop_resize(
         return load_tile(column, row, (shape[1], shape[0])).transpose(2, 1, 0)
 
     def height_first() -> Array:
-        return _resize_by_tiles(load_turned, horizontal, vertical).transpose(2, 0, 1)
+        return _resize_by_tiles(load_turned, horizontal, vertical).transpose(2, 1, 0)
 
     tall = (vertical.loss > 0) & (vertical.loss > 2 * horizontal.loss)
     return lax.cond(tall, height_first, width_first)
@@ -389,69 +482,107 @@ def _resize_by_tiles(
 ) -> UInt8[Array, "Hc 3 Wc"]:
     """Resizes along width, then along height.
 
-    A band of tiles goes through the width pass, is rounded, and joins the height pass's running
-    sum. Only the tiles that the crop touches are visited.
+    A band of rows goes through the width pass, is rounded, and joins the height pass's running
+    sum. Only pixels that the crop touches are visited, for outputs that they contribute to.
     """
-    rows, columns = vertical.tile, horizontal.tile
-    down, across = vertical.matrix(), horizontal.matrix()
+    rows = min(_BAND, vertical.extent)
 
-    def add_band(i: Array, total: Array) -> Array:
+    def add_band(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         top = vertical.start + i * rows
         row = jnp.minimum(top, vertical.extent - rows)
+        band = _resize_band(partial(load_tile, row), rows, horizontal)
+        return _add_band(sums, band.reshape(rows, -1), vertical, top)
 
-        def add_tile(j: Array, band: Array) -> Array:
-            left = horizontal.start + j * columns
-            column = jnp.minimum(left, horizontal.extent - columns)
+    sums = jnp.zeros((vertical.canvas, 3 * horizontal.canvas)), jnp.zeros((vertical.canvas, 1))
+    sums = lax.fori_loop(0, _ceil_div(vertical.length, rows), add_band, sums)
+    return weighted_byte(*sums).astype(jnp.uint8).reshape(vertical.canvas, 3, horizontal.canvas)
+
+
+def _resize_band(
+    load_columns: Callable[[Array, tuple[int, int]], Array], rows: int, along: _Axis
+) -> Float32[Array, "rows*3 canvas"]:
+    """The width pass of some rows, block by block of outputs."""
+    block, window = min(_OUTPUTS, along.canvas), min(_WINDOW, along.extent)
+
+    def resize_block(i: Array, band: Array) -> Array:
+        begin = jnp.minimum(i * block, along.canvas - block)
+        target = begin + jnp.arange(block)
+        low, high = source_span(along.start, along.stop, along.size, begin, begin + block)
+
+        def add_window(j: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            left = low + j * window
+            column = jnp.minimum(left, along.extent - window)
+            source = column + jnp.arange(window)[:, None]
+            # A window that would leave the image is moved back; some of it has been counted.
+            weights = jnp.where(source >= left, along.weights(source, target), 0.0)
             # Channels stand in the middle, so that the pass is one product of two plain matrices.
-            lines = load_tile(row, column, (rows, columns)).reshape(rows * 3, columns)
-            return _add_block(band, lines.astype(jnp.float32), across, horizontal, left, axis=1)
+            pixels = load_columns(column, (rows, window)).reshape(rows * 3, window)
+            product = _dot(pixels.astype(jnp.float32), weights)
+            return sums[0] + product, sums[1] + weights.sum(axis=0)
 
-        band = jnp.zeros((rows * 3, horizontal.canvas), jnp.float32)
-        band = lax.fori_loop(0, _ceil_div(horizontal.length, columns), add_tile, band)
-        band = _round_to_byte(band).reshape(rows, 3 * horizontal.canvas)
-        return _add_block(total, band, down, vertical, top, axis=0)
+        sums = jnp.zeros((rows * 3, block)), jnp.zeros(block)
+        sums = lax.fori_loop(0, _ceil_div(high - low, window), add_window, sums)
+        return lax.dynamic_update_slice_in_dim(band, weighted_byte(*sums), begin, axis=1)
 
-    total = jnp.zeros((vertical.canvas, 3 * horizontal.canvas), jnp.float32)
-    total = lax.fori_loop(0, _ceil_div(vertical.length, rows), add_band, total)
-    return _round_to_byte(total).astype(jnp.uint8).reshape(vertical.canvas, 3, horizontal.canvas)
+    band = jnp.zeros((rows * 3, along.canvas))
+    return lax.fori_loop(0, _ceil_div(along.size, block), resize_block, band)
 
 
-def _add_block(
-    total: Float32[Array, "..."],
-    source: Float32[Array, "..."],
-    matrix: Float32[Array, "canvas extent"],
+def _add_band(
+    sums: tuple[Float32[Array, "canvas n"], Float32[Array, "canvas 1"]],
+    band: Float32[Array, "rows n"],
     along: _Axis,
     begin: Int32[Array, ""],
-    *,
-    axis: int,
-) -> Float32[Array, "..."]:
-    """Adds to `total` what the block of source pixels from `begin` on contributes along `axis`.
+) -> tuple[Float32[Array, "canvas n"], Float32[Array, "canvas 1"]]:
+    """Adds what the band of rows from `begin` on contributes to the height pass, and its weights.
 
-    A resampling matrix is banded, so only blocks of outputs within the kernel's reach are visited,
-    a tenth of the arithmetic on 4K images. A block that would leave its array is moved back into
-    it, and what its neighbour has already counted gets weight zero.
+    Only blocks of outputs within the kernel's reach are visited. A block or band that would leave
+    its array is moved back into it, and what its neighbour has already counted gets weight zero.
     """
-    size, block = source.shape[axis], min(_TILE, along.canvas)
-    column = jnp.minimum(begin, along.extent - size)
-    fresh_column = column + jnp.arange(size) >= begin
+    rows, block = band.shape[0], min(_LINES, along.canvas)
+    source = jnp.minimum(begin, along.extent - rows) + jnp.arange(rows)
 
-    def add(i: int | Array, total: Array) -> Array:
-        row = jnp.minimum(i * block, along.canvas - block)
-        fresh_row = row + jnp.arange(block) >= i * block
-        weights = lax.dynamic_slice(matrix, (row, column), (block, size))
-        weights = jnp.where(fresh_row[:, None] & fresh_column, weights, 0.0)
-        product = _dot(weights, source) if axis == 0 else _dot(source, weights.T)
-        old = lax.dynamic_slice_in_dim(total, row, block, axis)
-        return lax.dynamic_update_slice_in_dim(total, old + product, row, axis)
+    def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        first = jnp.minimum(i * block, along.canvas - block)
+        target = first + jnp.arange(block)[:, None]
+        fresh = (target >= i * block) & (source >= begin)
+        weights = jnp.where(fresh, along.weights(source, target), 0.0)
+        new = _dot(weights, band), weights.sum(axis=1, keepdims=True)
+        old = (lax.dynamic_slice_in_dim(total, first, block) for total in sums)
+        total, weight = (
+            lax.dynamic_update_slice_in_dim(total, before + more, first, axis=0)
+            for total, before, more in zip(sums, old, new, strict=True)
+        )
+        return total, weight
 
-    if block == along.canvas:
-        return add(0, total)
     # Output y takes from the pixels nearer than two (output or source) pixels to its centre.
     offset, length = begin - along.start, jnp.maximum(along.length, 1)
     reach = 2 * jnp.maximum(along.length, along.size)
     first = jnp.maximum(offset * along.size - reach, 0) // length
-    last = jnp.minimum(_ceil_div((offset + size) * along.size + reach, length), along.size)
-    return lax.fori_loop(first // block, _ceil_div(last, block), add, total)
+    last = jnp.minimum(_ceil_div((offset + rows) * along.size + reach, length), along.size)
+    return lax.fori_loop(first // block, _ceil_div(last, block), add, sums)
+
+
+def source_span(
+    start: Array, stop: Array, out_size: Array, begin: Array, end: Array
+) -> tuple[Array, Array]:
+    """First and past-the-last source pixel that outputs [begin, end) below `out_size` depend on.
+
+    Nothing, so equal, for no outputs or an empty crop [start, stop). Shapes are broadcast.
+    """
+    in_size, divisor = stop - start, jnp.maximum(2 * out_size, 1)
+    end = jnp.minimum(end, out_size)
+    # Output y takes from the pixels nearer than two (output or source) pixels to its centre.
+    reach = 4 * jnp.maximum(in_size, out_size)
+    low = jnp.maximum(((2 * begin + 1) * in_size - reach - out_size) // divisor, 0)
+    high = jnp.minimum(((2 * end - 1) * in_size + reach - out_size) // divisor + 1, in_size)
+    some = (begin < end) & (in_size > 0)
+    return start + low, start + jnp.where(some, high, low)
+
+
+def weighted_byte(total: Array, weight: Array) -> Float32[Array, "*n"]:
+    """The weighted mean as Pillow rounds it after each pass; zero where there is no weight."""
+    return _round_to_byte(total / jnp.where(weight == 0.0, 1.0, weight))
 
 
 def _keys_cubic(t: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
@@ -466,7 +597,7 @@ def _round_to_byte(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
     return jnp.clip(jnp.floor(x + 0.5), 0.0, 255.0)
 
 
-def _normalize(x: UInt8[Array, "*n"]) -> Float32[Array, "*n"]:
+def normalize(x: UInt8[Array, "*n"]) -> Float32[Array, "*n"]:
     """x/127.5 - 1 with the division correctly rounded.
 
     XLA divides by a constant through its rounded reciprocal, one unit in the last place off for
@@ -475,7 +606,9 @@ def _normalize(x: UInt8[Array, "*n"]) -> Float32[Array, "*n"]:
     high = np.float32(np.float16(1 / 127.5))
     low = np.float32(1 / 127.5 - np.float64(high))
     value = x.astype(jnp.float32)
-    return (value * high + value * low) - 1.0
+    # Bytes fit eight bits. The compiler for TPUs does not know; it would add the parts up first.
+    same = lax.reduce_precision(value, exponent_bits=8, mantissa_bits=7)
+    return (value * high + same * low) - 1.0
 
 
 def _dot(a: Float32[Array, "m k"], b: Float32[Array, "k n"]) -> Float32[Array, "m n"]:

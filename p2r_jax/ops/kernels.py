@@ -1,8 +1,9 @@
-"""Which implementation of attention runs, and on which mesh: the one place that chooses.
+"""Which implementation of attention and image ops runs, on which mesh: the one place that chooses.
 
     xla           reference implementations (`ops.attention`), spread out by the partitioner
     xla_cpu       the same, ordered for one CPU (`ops.cpu_attention`); decoding as in xla
-    pallas_tpu    splash attention and our decode kernel (`ops.splash`, `ops.decode_kernel`)
+    pallas_tpu    splash attention and our decode kernel (`ops.splash`, `ops.decode_kernel`), our
+                  kernel for evidence images (`ops.image_kernel`)
     pallas_gpu    our Triton kernels for prompts, vision and updates (`ops.triton_attention`);
                   decoding, which has one query a completion, stays with XLA
 
@@ -23,7 +24,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from p2r_jax.ops import attention as xla
-from p2r_jax.ops import cpu_attention, decode_kernel, splash, triton_attention
+from p2r_jax.ops import (
+    cpu_attention,
+    decode_kernel,
+    image,
+    image_kernel,
+    splash,
+    triton_attention,
+)
 from p2r_jax.parallel.mesh import BATCH_AXES, batch_shards
 
 Implementation = Literal["xla", "xla_cpu", "pallas_tpu", "pallas_gpu"]
@@ -70,6 +78,12 @@ class Kernels:
                     "mesh.fsdp, or choose kernels: xla"
                 )
 
+    def image_ops(self, patch_size: int) -> image.Implementation:
+        """What `ops.image` draws, crops and resizes with; our TPU kernel knows one patch size."""
+        if self.implementation != "pallas_tpu" or patch_size != image_kernel.PATCH:
+            return "xla"
+        return "pallas_tpu_interpret" if self.interpret else "pallas_tpu"
+
     def pin_rows(self, x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
         """Activations on the devices that own their rows.
 
@@ -81,6 +95,17 @@ class Kernels:
     def pin_whole(self, table: Float[Array, "..."]) -> Float[Array, "..."]:
         """A small table on every device, so that each looks up its own rows and no others."""
         return self._pin(table, PartitionSpec())
+
+    def split_kept(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
+        """What a backward pass keeps of every layer, tokens split over `tensor`.
+
+        Between layers nothing needs whole sequences, so a sum over `tensor` becomes a scatter and a
+        gather of the same bytes, and a device keeps its share only (sequence parallelism,
+        arXiv 2205.05198). Sequences that do not divide stay whole.
+        """
+        if self.mesh is None or x.shape[1] % self.mesh.shape["tensor"]:
+            return x
+        return self._pin(x, PartitionSpec(self._row_axes(x.shape[0]), "tensor"))
 
     def _pin(self, x: Array, spec: PartitionSpec) -> Array:
         if self.mesh is None:

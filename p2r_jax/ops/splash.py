@@ -180,3 +180,21 @@ def _block(size: int) -> int:
 
 def _padded(size: int) -> int:
     return size + -size % _block(size)
+
+
+def executed_scores(prompt: int, group: int = 0, length: int = 1, causal: bool = True) -> int:
+    """Scores that a forward pass computes for one head and row: whole blocks, the skipped ones
+    left out. prompt, group, length: as `shared_prefix_attention`; not `causal`: all of them."""
+    if not causal:
+        return _padded(prompt) ** 2
+    rounded = 1 << (length - 1).bit_length()
+    size = _padded(prompt + group * rounded)
+    return _executed(Rule(size, min(prompt, size) if group else size, rounded))
+
+
+@functools.lru_cache(maxsize=64)
+def _executed(rule: Rule) -> int:
+    block = _block(rule.size)
+    starts = range(0, rule.size, block)
+    parts = ((slice(q, q + block), slice(k, k + block)) for q in starts for k in starts if k <= q)
+    return sum(bool(rule[part].any()) for part in parts) * block**2

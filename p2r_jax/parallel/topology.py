@@ -31,11 +31,14 @@ _ENVIRONMENT = {
 }
 
 
-def tpu_mesh(name: str, data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+def tpu_mesh(name: str, data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1) -> Mesh:
     """A (data, fsdp, tensor) mesh to compile for, not to run on.
 
     name: generation and chips, such as "v5e:2x2", "v5p:2x2x1" or "v6e:4x4".
     data, fsdp, tensor: as for `make_mesh`; three times 1 takes one chip of the topology.
+    slices: how many of these are joined by the data-centre network.
+
+    Raises ModuleNotFoundError without libtpu, ValueError for a topology that it does not know.
     """
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ModuleNotFoundError(
@@ -43,7 +46,11 @@ def tpu_mesh(name: str, data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
         )
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    more = {"num_slices": slices} if slices > 1 else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"topology {name!r}: {str(error).splitlines()[0]}") from error
     if math.prod((data, fsdp, tensor)) == 1:
         devices = devices[:1]
     return make_mesh(data, fsdp, tensor, devices=devices)

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from p2r_jax.paths import as_path
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
@@ -38,6 +40,11 @@ class VisionConfig:
     def patch_dim(self) -> int:
         """Length of a flattened patch: channels x frames x pixels."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def frame_dim(self) -> int:
+        """The same of one frame."""
+        return self.in_channels * self.patch_size**2
 
     @property
     def merge_unit(self) -> int:
@@ -82,7 +89,7 @@ class Qwen3VLConfig:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Qwen3VLConfig:
         """Read ``config.json`` of a checkpoint folder. Raises ValueError naming the bad field."""
-        file = Path(path) / "config.json"
+        file = as_path(path) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} does not exist: {path} is not a Hugging Face checkpoint folder "

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from p2r_jax.parallel.multihost import any_process, on_main, to_one
+from p2r_jax.paths import as_path
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.names import Parameter, parameters
 from p2r_jax.qwen3_vl.new_folder import new_folder
@@ -53,7 +54,7 @@ def export(
     shapes: of all parameters, by path. One process asks for the layers of a parameter one after the
     other, several in turns. Raises as `save_pretrained` does.
     """
-    path, dtype = Path(path), np.dtype(dtype)
+    path, dtype = as_path(path), np.dtype(dtype)
     if dtype not in DTYPES.values():
         known = ", ".join(str(d) for d in DTYPES.values())
         raise ValueError(f"weights cannot be written as {dtype}: choose one of {known}")

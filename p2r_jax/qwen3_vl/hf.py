@@ -20,6 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from p2r_jax.ops.kernels import Implementation, Kernels
 from p2r_jax.parallel.mesh import parameter_shardings
 from p2r_jax.parallel.multihost import on_main
+from p2r_jax.paths import as_path
 from p2r_jax.qwen3_vl.arrays import array_types_of, restore_array, save_array
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.export import MAX_SHARD_BYTES, export, write_config
@@ -56,7 +57,7 @@ def load_pretrained(
     Raises FileNotFoundError for a missing folder or file and ValueError listing every missing,
     unexpected and mis-shaped tensor at once.
     """
-    path = Path(path)
+    path = as_path(path)
     config = Qwen3VLConfig.from_pretrained(path)
     graph, state = nnx.split(abstract_model(config, Kernels.choose(kernels, mesh)))
     flat, dtype = flat_state(state), np.dtype(dtype)
@@ -114,17 +115,24 @@ def _read_arrays(
 
 def _assemble(p: Parameter, folder: TensorFolder, like: jax.ShapeDtypeStruct) -> jax.Array:
     """A parameter on its devices, of which this process reads what its own ones hold."""
-    parts: dict[str, np.ndarray] = {}
+    assert like.sharding is not None
+    # Devices that hold the same part share one reading of it.
+    indices = like.sharding.addressable_devices_indices_map(like.shape).values()
+    distinct = {repr(index): index for index in indices}
+    parts = {key: _aligned(_lengths(own, like.shape), like.dtype) for key, own in distinct.items()}
+    # Layer by layer, each for all devices: the rows of a tensor come from a bucket once.
+    for layer in range(like.shape[0] if p.stacked else 1):
+        for key, own in distinct.items():
+            if not p.stacked:
+                p.read(own, parts[key], folder.read)
+            elif layer in (held := range(*own[0].indices(like.shape[0]))):
+                out = parts[key][held.index(layer) :][:1]
+                p.read((slice(layer, layer + 1), *own[1:]), out, folder.read)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda i: parts[repr(i)])
 
-    def part(index: Any) -> np.ndarray:
-        # Devices that hold the same part share one reading of it.
-        if (key := repr(index)) not in parts:
-            shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, like.shape, strict=True))
-            parts[key] = _aligned(shape, like.dtype)
-            p.read(index, parts[key], folder.read)
-        return parts[key]
 
-    return jax.make_array_from_callback(like.shape, like.sharding, part)
+def _lengths(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True))
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -213,11 +221,12 @@ def save_pretrained(
 
 
 def convert_to_arrays(
-    source: Path, out: Path, dtype: Any = "bfloat16", progress: bool = False
+    source: str | Path, out: str | Path, dtype: Any = "bfloat16", progress: bool = False
 ) -> None:
     """A Hugging Face folder as one that `load_pretrained` reads too, with the weights as JAX arrays
     on disk. One parameter is in memory at a time. Raises as `load_pretrained` and
     `save_pretrained` do."""
+    source = as_path(source)
     config = Qwen3VLConfig.from_pretrained(source)
     shapes = flat_state(nnx.state(abstract_model(config), nnx.Param))
     device = SingleDeviceSharding(jax.local_devices()[0])

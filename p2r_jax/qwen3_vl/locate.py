@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from p2r_jax.paths import as_path
+
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 
 
@@ -11,7 +13,7 @@ def locate_checkpoint(name: str | Path) -> Path:
     """Folder with config.json. Raises FileNotFoundError saying what was tried."""
     if str(name) == "tiny":
         return TINY
-    for folder in (Path(name), Path(name) / "export"):
+    for folder in (as_path(name), as_path(name) / "export"):
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(

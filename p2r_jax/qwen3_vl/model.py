@@ -36,7 +36,7 @@ class Qwen3VL(nnx.Module):
         self.name_or_path = ""
         """The folder the weights came from, as in transformers; "" if made from nothing."""
         self.visual = VisionTower(config.vision, rngs, self.kernels)
-        self.language_model = TextDecoder(config.text, rngs)
+        self.language_model = TextDecoder(config.text, rngs, self.kernels)
         shape = (config.text.vocab_size, config.text.hidden_size)
         self.lm_head = (
             None

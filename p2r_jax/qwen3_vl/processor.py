@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from p2r_jax.paths import as_path, local_files
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
+from p2r_jax.qwen3_vl.new_folder import CARRIED_FILES
 from p2r_jax.qwen3_vl.positions import Grid
 
 MAX_ASPECT_RATIO = 200
@@ -98,7 +100,7 @@ class Processor:
 
         Raises FileNotFoundError or ValueError naming the file and field.
         """
-        path = Path(path)
+        path = as_path(path)
         config = Qwen3VLConfig.from_pretrained(path)
         raw = _read_json(path / "preprocessor_config.json")
         if raw.get("patch_size", config.vision.patch_size) != config.vision.patch_size:
@@ -113,7 +115,8 @@ class Processor:
                 f"{path}/preprocessor_config.json: size.shortest_edge and size.longest_edge (pixel "
                 f"counts) must be given and increasing, got {min_pixels} and {max_pixels}"
             )
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        with local_files(path, (*CARRIED_FILES, "config.json")) as files:
+            tokenizer = AutoTokenizer.from_pretrained(str(files), trust_remote_code=False)
         if not tokenizer.chat_template:
             raise ValueError(f"{path} has no chat template (chat_template.jinja)")
         stop = _read_json(path / "generation_config.json").get("eos_token_id")

@@ -2,14 +2,15 @@
 
 The library maps a file into memory, and pages that were read count as memory of the process until
 the file is closed; it writes a file only from all of its tensors at once. Both are gigabytes at the
-size of real checkpoints, so files are reopened now and then, and written tensor by tensor.
+size of real checkpoints, so files are reopened now and then, and written tensor by tensor. From a
+bucket only the bytes are asked for that hold the wanted rows of a tensor.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from p2r_jax.paths import is_remote, read_range
 from p2r_jax.qwen3_vl.names import canonical_name
 
 INDEX = "model.safetensors.index.json"
@@ -32,6 +34,8 @@ DTYPES: dict[str, np.dtype] = {
 
 _MAPPED_BYTES = 256 * 2**20
 """After reading so much a file is reopened."""
+_WRITTEN_BYTES = 32 * 2**20
+"""At once."""
 
 
 class TensorFolder:
@@ -96,13 +100,76 @@ class TensorFolder:
                         f"{file} changed while it was read: something writes to this folder. Read "
                         "it again"
                     )
-                self._handle = safe_open(file, framework="numpy")
+                remote = is_remote(file)
+                self._handle = _RemoteFile(file) if remote else safe_open(file, framework="numpy")
             except SafetensorError as error:
                 raise ValueError(
                     f"{file} is damaged, or its download did not finish ({error}): get it again"
                 ) from error
             self._file = file
         return self._handle
+
+
+class _RemoteFile:
+    """A file in a bucket, with the part of `safe_open`'s interface that is used above."""
+
+    def __init__(self, file: Path):
+        """Raises SafetensorError if it is damaged."""
+        self.file = file
+        size = file.stat().st_size
+        length = int.from_bytes(read_range(file, 0, min(8, size)), "little")
+        if not 0 < length <= size - 8:
+            raise SafetensorError("its header does not fit in it")
+        self.start, end = 8 + length, 0
+        try:
+            self._header = json.loads(read_range(file, 8, self.start))
+            self._header.pop("__metadata__", None)
+            for entry in self._header.values():
+                begin, end = entry["data_offsets"]
+                known = DTYPES.get(entry["dtype"])
+                if known and end - begin != math.prod(entry["shape"]) * known.itemsize:
+                    raise ValueError(f"{end - begin} bytes for {entry}")
+            end = max(entry["data_offsets"][1] for entry in self._header.values())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SafetensorError(f"its header cannot be read: {error!r}") from error
+        if end != size - self.start:
+            raise SafetensorError("it is not as long as its header says")
+        self._last: tuple[tuple[int, int], bytes | bytearray] | None = None
+
+    def keys(self) -> Iterable[str]:
+        return self._header.keys()
+
+    def get_slice(self, name: str) -> _RemoteTensor:
+        return _RemoteTensor(self, self._header[name])
+
+    def rows(self, begin: int, end: int) -> bytes | bytearray:
+        """Kept until others are read: the columns that other devices hold are in them."""
+        if self._last is None or self._last[0] != (begin, end):
+            self._last = None
+            self._last = (begin, end), read_range(self.file, begin, end)
+        return self._last[1]
+
+
+class _RemoteTensor:
+    def __init__(self, file: _RemoteFile, entry: Mapping[str, Any]):
+        self._file, self._entry = file, entry
+
+    def get_shape(self) -> list[int]:
+        return self._entry["shape"]
+
+    def get_dtype(self) -> str:
+        return self._entry["dtype"]
+
+    def __getitem__(self, part: slice | tuple[slice, ...]) -> np.ndarray:
+        """Reads the rows of the first axis that are asked for, whatever is asked of the others."""
+        first, *others = part if isinstance(part, tuple) else (part,)
+        count, *inner = self.get_shape() or [1]
+        rows, dtype = range(*first.indices(count)), DTYPES[self.get_dtype()]
+        width = math.prod(inner) * dtype.itemsize
+        begin = self._file.start + self._entry["data_offsets"][0] + rows.start * width
+        raw = self._file.rows(begin, begin + len(rows) * width)
+        read = np.frombuffer(raw, dtype).reshape(len(rows), *inner)
+        return read[(slice(None), *others)]
 
 
 def _identity(file: Path) -> tuple[int, ...]:
@@ -156,7 +223,9 @@ class TensorWriter:
         assert tensor.shape == shape, f"{name}: {tensor.shape} is not {shape}"
         assert tensor.dtype == self.dtype
         # A transposed array is a strided view, whose bytes lie in the wrong order.
-        self._out.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+        data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+        for begin in range(0, len(data), _WRITTEN_BYTES):  # What goes to a bucket is copied first.
+            self._out.write(data[begin : begin + _WRITTEN_BYTES])
         self.written += 1
 
     def close(self, whole: bool = True) -> None:

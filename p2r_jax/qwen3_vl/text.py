@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from p2r_jax.ops.kernels import Kernels
 from p2r_jax.qwen3_vl.config import TextConfig
 from p2r_jax.qwen3_vl.layers import Linear, RMSNorm, inverse_frequencies, param, rotate_half, stack
 from p2r_jax.qwen3_vl.positions import mrope_axes
@@ -75,8 +76,9 @@ class DecoderLayer(nnx.Module):
 
 
 class TextDecoder(nnx.Module):
-    def __init__(self, config: TextConfig, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs, kernels: Kernels):
         self.config = config
+        self.kernels = kernels
         self.embed_tokens = param(
             rngs,
             (config.vocab_size, config.hidden_size),
@@ -120,10 +122,10 @@ class TextDecoder(nnx.Module):
             x, kept = nnx.merge(graph, layer_state)(x, cos, sin, attend, layer_input)
             if deepstack is not None:
                 x = jax.lax.cond(index < deepstack.shape[0], add_level, lambda x, _: x, x, index)
-            return x, kept
+            return self.kernels.split_kept(x) if remat else x, kept
 
         if remat:
-            body = jax.checkpoint(body)
+            body, x = jax.checkpoint(body), self.kernels.split_kept(x)
         indexes = np.arange(self.config.num_hidden_layers, dtype=np.int32)
         x, kept = jax.lax.scan(body, x, (indexes, state, layer_inputs))
         return self.norm(x), kept

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from p2r_jax.ops.kernels import Kernels
 from p2r_jax.qwen3_vl.config import VisionConfig
-from p2r_jax.qwen3_vl.inputs import Patches
+from p2r_jax.qwen3_vl.inputs import Patches, pixel_values
 from p2r_jax.qwen3_vl.layers import (
     LayerNorm,
     Linear,
@@ -127,7 +127,7 @@ class VisionTower(nnx.Module):
         config = self.config
         table = self.pos_embed[...]
         dtype = self.compute_dtype or table.dtype
-        x = self.patch_embed(patches.pixels.astype(dtype))
+        x = self.patch_embed(pixel_values(patches, config).astype(dtype))
         # Interpolated in float32 whatever the model dtype: bf16 weights shift boxes.
         table = self.kernels.pin_whole(table)
         looked_up = look_up(table, patches.pos_index, dtype).astype(jnp.float32)
@@ -156,10 +156,10 @@ class VisionTower(nnx.Module):
             taps = jax.lax.cond(
                 level < levels, lambda t: t.at[level].set(x, mode="drop"), lambda t: t, taps
             )
-            return (x, taps), None
+            return (self.kernels.split_kept(x) if remat else x, taps), None
 
         if remat:
-            body = jax.checkpoint(body)
+            body, x = jax.checkpoint(body), self.kernels.split_kept(x)
         taps = jnp.zeros((levels, *x.shape), x.dtype)
         (x, taps), _ = jax.lax.scan(body, (x, taps), (level_of, state))
         # Unrolled: there are three, and a batched matrix product is slower than three plain ones.

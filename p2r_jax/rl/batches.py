@@ -19,7 +19,8 @@ from p2r_jax.rl.experience import Experience
 from p2r_jax.rl.rewards import Reward
 from p2r_jax.rl.step import AnchorBatch, TrainingBatch
 from p2r_jax.rl.stop import RunStopped
-from p2r_jax.roles.requests import ImageStore, RequestBuilder
+from p2r_jax.roles.image_store import ImageStore
+from p2r_jax.roles.requests import RequestBuilder
 
 
 def advantages_of(

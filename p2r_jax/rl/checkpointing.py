@@ -11,7 +11,6 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import shutil
 import time
 import zlib
 from collections.abc import Callable
@@ -24,12 +23,15 @@ from flax import nnx
 
 from p2r_jax.config import CheckpointConfig
 from p2r_jax.parallel.multihost import any_process, is_main, on_main
+from p2r_jax.paths import is_remote, move_folder, remove_folder
 from p2r_jax.rl.schedule import Progress
 from p2r_jax.rl.step import TrainState
 from p2r_jax.rl.stop import RunStopped
 
 PARAMS = "params"
 """The policy's weights in a checkpoint."""
+COMMIT = "commit_success.txt"
+"""What orbax writes last of a checkpoint in a bucket; on a disk it renames the folder."""
 
 
 class Checkpoints:
@@ -60,10 +62,11 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         # Orbax would do this in the background, perhaps until the same step is saved again.
-        for unfinished in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
+        there = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        for unfinished in filter(_is_unfinished, there):
             step = unfinished.name.split(".")[0]
             self.notify(f"the checkpoint of step {step} was not finished; it is removed")
-            shutil.rmtree(unfinished)
+            remove_folder(unfinished)
 
     def due(self, step: int) -> bool:
         """Whether it is time to save after `step` steps."""
@@ -201,8 +204,8 @@ class Checkpoints:
         if is_main():
             aside = self.folder.parent / "torn_checkpoints"
             aside.mkdir(exist_ok=True)
-            shutil.rmtree(aside / str(step), ignore_errors=True)
-            shutil.move(self.folder / str(step), aside / str(step))
+            remove_folder(aside / str(step), ignore_errors=True)
+            move_folder(self.folder / str(step), aside / str(step), COMMIT)
         any_process(False)  # Nobody goes on before it is gone.
         self.manager.reload()
 
@@ -236,7 +239,7 @@ class SavedWeights:
                 raise ValueError(f"{path} is the checkpoint of step {path.name}, not of {step}")
             found = path
         elif folder.is_dir():
-            steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+            steps = _steps(folder)
             if step not in [None, *steps] or not steps:
                 wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
                 raise ValueError(f"{folder} holds {wanted}; there are {steps or 'none'}")
@@ -247,10 +250,21 @@ class SavedWeights:
             meta = json.loads((found / "meta" / "metadata").read_text())
             return cls(int(found.name), found / "state", meta["settings"]["model"]["path"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            others = sorted(int(p.name) for p in found.parent.iterdir() if p.name.isdigit())
             raise ValueError(
-                f"{found} is not a whole checkpoint of a run: {error!r}; there are {others}"
+                f"{found} is not a whole checkpoint of a run: {error!r}; there are "
+                f"{_steps(found.parent)}"
             ) from error
+
+
+def _is_unfinished(path: Path) -> bool:
+    if is_remote(path):
+        return path.name.isdigit() and not (path / COMMIT).is_file()
+    return ".orbax-checkpoint-tmp" in path.name
+
+
+def _steps(folder: Path) -> list[int]:
+    found = (p for p in folder.iterdir() if p.name.isdigit() and not _is_unfinished(p))
+    return sorted(int(p.name) for p in found)
 
 
 def environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 
+from p2r_jax.paths import as_path, files_in
 from p2r_jax.qwen3_vl.arrays import array_types, array_types_of, restore_array, restore_arrays
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.export import export
@@ -27,13 +28,13 @@ from p2r_jax.qwen3_vl.names import flat_state
 from p2r_jax.rl.checkpointing import PARAMS, SavedWeights
 
 
-def from_hf(source: Path, out: Path, dtype: str = "bfloat16") -> None:
+def from_hf(source: str | Path, out: str | Path, dtype: str = "bfloat16") -> None:
     """Hugging Face folder to one with JAX arrays, in parts that hosts read on their own.
 
     Raises ValueError or OSError before anything is written, or leaving nothing behind.
     """
     console, begin = _console(), time.perf_counter()
-    source = locate_checkpoint(source)
+    source, out = locate_checkpoint(source), as_path(out)
     if (source / ARRAYS).is_dir():
         raise ValueError(f"{source} was converted already: give it to --model.path as it is")
     convert_to_arrays(source, out, dtype, progress=True)
@@ -41,11 +42,11 @@ def from_hf(source: Path, out: Path, dtype: str = "bfloat16") -> None:
 
 
 def to_hf(
-    source: Path,
-    out: Path,
+    source: str | Path,
+    out: str | Path,
     dtype: str = "bfloat16",
     step: int | None = None,
-    files_from: Path | None = None,
+    files_from: str | Path | None = None,
 ) -> None:
     """The weights of a run, one of its checkpoints or a converted folder, for transformers.
 
@@ -54,6 +55,8 @@ def to_hf(
     was. Raises ValueError or OSError naming what cannot be used.
     """
     console, begin = _console(), time.perf_counter()
+    source, out = as_path(source), as_path(out)
+    files_from = as_path(files_from) if files_from else None
     saved = SavedWeights.find(source, step)
     converted = source / ARRAYS
     if saved is not None:
@@ -100,7 +103,7 @@ def _base(saved: SavedWeights) -> Path:
 
 
 def _report(out: Path, begin: float, console: Console) -> None:
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    size = sum(files_in(out).values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from p2r_jax.data.loader import training_batches
 from p2r_jax.evals.report import write_report
 from p2r_jax.parallel.mesh import batch_shards
 from p2r_jax.parallel.multihost import any_process, is_main, to_host
+from p2r_jax.paths import as_path, remove_folder
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.rl.batches import training_batch
 from p2r_jax.rl.dry_run_tables import (
@@ -50,6 +50,7 @@ from p2r_jax.rl.schedule import Phase, Progress
 from p2r_jax.rl.stop import RunStopped
 from p2r_jax.rl.trainer import Trainer
 from p2r_jax.rl.updates import Collected
+from p2r_jax.roles.image_store import checked_buckets, share_of
 from p2r_jax.roles.requests import RequestBuilder
 
 FOLDER = "dry_run"
@@ -88,11 +89,12 @@ def dry_run(
     Raises ValueError, OSError or RunStopped naming the setting that would end the real run.
     """
     console = Console(quiet=not is_main())
-    run, folder = Path(config.run), Path(config.run) / FOLDER
+    run = as_path(config.run)
+    folder = run / FOLDER
     require_writable(run)
     check_same_config(config, run)
     if is_main() and folder.exists():
-        shutil.rmtree(folder)  # an earlier dry run's
+        remove_folder(folder)  # an earlier dry run's
     any_process(False)  # Nobody goes on before it is gone.
     # All that the trainer writes goes into the folder, and every sample is shown.
     log = dataclasses.replace(config.log, sample_prompts=max(p.prompts for p in config.phases))
@@ -108,7 +110,11 @@ def dry_run(
         console.print(prompt_table(scan, builder.buckets))
         if scan.problem:
             _warn(console, scan.problem)
+    names = [f"row {row.id!r}" for row in scans[0].rows]
+    shards = batch_shards(trainer.mesh) if trainer.mesh is not None else 1
     for phase in phases:
+        each = -(-phase.config.prompts // shards)
+        checked_buckets(scans[0].images.shapes, each, names, builder.buckets)
         memory, limit = memory_of(trainer, phase, scans[0]), device_bytes()
         console.print(memory_table(phase, memory))
         stage = max(MORE_ROOM, key=memory.total)
@@ -124,7 +130,7 @@ def dry_run(
         with clock("load"):
             trainer.prepare()
         trainer.checkpoints.close()
-        shutil.rmtree(trainer.checkpoints.folder, ignore_errors=True)  # It stays empty.
+        remove_folder(trainer.checkpoints.folder, ignore_errors=True)  # It stays empty.
         for phase in phases:
             collected = collect_some(trainer, phase, questions, clock)
             trainer._log_samples(phase, collected, phase.number + 1, samples)
@@ -176,7 +182,13 @@ def collect_some(trainer: Trainer, phase: Phase, questions: int, clock: Clock) -
         phase.config, prompts=count, microbatch=0, minibatches=1, dynamic_sampling=0
     )
     seed = trainer.config.seed * 1000 + phase.number
-    batches = training_batches(trainer.train_source, count, seed, unreadable=trainer.unreadable)
+    batches = training_batches(
+        trainer.train_source,
+        count,
+        seed,
+        unreadable=trainer.unreadable,
+        share=share_of(trainer.mesh),
+    )
     steps = sum(before.steps for before in trainer.phases[: phase.number])
     trainer.live.progress = Progress(phase.number, 0, steps)
     collected, _ = trainer._collect(dataclasses.replace(phase, config=own), batches, clock)
@@ -232,14 +244,13 @@ def seen_images(prompts: Prompts, row: int, patch: int) -> list[Image.Image]:
     images = []
     for i in range(1, int(number.max()) + 1):
         own = number == i
-        # [patch, channel, frame, row, column]; the frames of a still image are equal.
-        cells = np.asarray(prompts.patches.pixels[row])[own].reshape(own.sum(), 3, -1, patch, patch)
+        cells = np.asarray(prompts.patches.pixels[row])[own].reshape(own.sum(), 3, patch, patch)
         at = np.asarray(prompts.patches.row_col[row])[own]
         rows, columns = at.max(0) + 1
-        canvas = np.zeros((rows, columns, patch, patch, 3), np.float32)
-        canvas[at[:, 0], at[:, 1]] = cells[:, :, 0].transpose(0, 2, 3, 1)
+        canvas = np.zeros((rows, columns, patch, patch, 3), np.uint8)
+        canvas[at[:, 0], at[:, 1]] = cells.transpose(0, 2, 3, 1)
         pixels = canvas.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
-        images.append(Image.fromarray(np.round((pixels + 1) * 127.5).clip(0, 255).astype(np.uint8)))
+        images.append(Image.fromarray(pixels))
     return images
 
 

@@ -7,21 +7,22 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from p2r_jax.config import TrainConfig
-from p2r_jax.data.loader import LoadedRow, Unreadable, evaluation_batches
+from p2r_jax.data.loader import ImageCache, LoadedRow, Unreadable, evaluation_batches
 from p2r_jax.evals.record_file import EvalWriter
 from p2r_jax.evals.runner import Decoding, evaluate
 from p2r_jax.evals.scoring import summarize_modes
 from p2r_jax.parallel.multihost import gather, is_main
+from p2r_jax.paths import as_path
 from p2r_jax.rl.run_log import RunLog
 from p2r_jax.rl.schedule import Phase, learning_roles
 from p2r_jax.roles.grading import Grader
+from p2r_jax.roles.image_store import share_of
 from p2r_jax.roles.pipeline import Pipeline
 
 
@@ -41,7 +42,7 @@ class Evaluations:
         """check: called between batches; may raise to end an evaluation before its time."""
         self.config, self.phases, self.pipeline, self.source = config, phases, pipeline, source
         self.grader, self.check = grader, check
-        self.run = Path(config.run)
+        self.run = as_path(config.run)
         listing = self.run / "bad_rows" / "validation" / "images.jsonl"
         limit = config.data.max_bad_fraction * len(source)
         self.unreadable = Unreadable(limit, listing if is_main() else None)
@@ -77,7 +78,11 @@ class Evaluations:
 
     def _batches(self, questions: int) -> Iterator[list[LoadedRow]]:
         size, bad = self.config.eval.batch, self.unreadable
-        for batch in evaluation_batches(self.source, size, questions, unreadable=bad):
+        share = share_of(self.pipeline.builder.mesh)
+        cache = ImageCache(int(self.config.eval.image_cache_gib * 2**30))
+        for batch in evaluation_batches(
+            self.source, size, questions, unreadable=bad, share=share, cache=cache
+        ):
             self.check()
             yield batch
 

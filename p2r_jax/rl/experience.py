@@ -28,8 +28,9 @@ from p2r_jax.rl.rewards import Reward, perceiver_reward, reasoner_reward
 from p2r_jax.roles.answers import TRAINING_LETTERS, Answer, choice_letters
 from p2r_jax.roles.boxes import ParsedBoxes, parse_response
 from p2r_jax.roles.grading import Grader
+from p2r_jax.roles.image_store import ImageStore, placed_again, share_of
 from p2r_jax.roles.pipeline import Completion, Pipeline, Rollout
-from p2r_jax.roles.requests import ImageStore, Request
+from p2r_jax.roles.requests import Request
 from p2r_jax.rollout.generate import Completions, Schedule
 from p2r_jax.rollout.sampling import Sampling
 
@@ -251,14 +252,19 @@ def choose(
 ) -> tuple[Experience, ImageStore]:
     """`count` questions out of several batches: those that teach, then the others to fill up.
 
-    Their images are uploaded again, since each batch has a store of its own.
+    Their images are uploaded again, since each batch has a store of its own. None of them leaves
+    the process that decoded it, so a device may get more than its share: at most that of each of
+    the batches.
     """
     every = [(part, i) for part in parts for i in range(len(part.rows))]
     every.sort(key=lambda item: not teaches(item[0].rewards[item[1]]))  # stable
     chosen = every[:count]
     builder = pipeline.builder
     rows = [part.rows[i] for part, i in chosen]
-    images = ImageStore.upload([row.image for row in rows], builder.buckets, builder.mesh)
+    if all(row.shard is not None for row in rows):
+        shards = placed_again([row.shard or 0 for row in rows], share_of(builder.mesh))
+        rows = [dataclasses.replace(r, shard=s) for r, s in zip(rows, shards, strict=True)]
+    images = ImageStore.of_rows(rows, builder.buckets, builder.mesh)
 
     def moved(requests: Sequence[Request], image: int) -> list[Request]:
         return [dataclasses.replace(request, image=image) for request in requests]

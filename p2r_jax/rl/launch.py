@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from p2r_jax.evals.scoring import format_table, summary_rows
 from p2r_jax.ops.kernels import Kernels
 from p2r_jax.parallel.mesh import batch_shards, make_mesh, parameter_shardings
 from p2r_jax.parallel.multihost import any_process, is_main
+from p2r_jax.paths import as_path, write_whole
 from p2r_jax.qwen3_vl.hf import abstract_model, load_pretrained
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
@@ -77,7 +77,7 @@ def build_trainer(
     judged = verifier is not None or config.verifier.kind != "none"
     require_verifier(forms - {"free_form"} if judged else forms, None)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    _check_phases(config, mesh)
+    check_phases(config, mesh)
 
     model = abstract_model(processor.config, Kernels.choose(config.model.kernels, mesh))
     model.name_or_path = str(folder)
@@ -94,7 +94,7 @@ def build_trainer(
         return nnx.state(model, nnx.Param)
 
     greedy = greedy_schedule(config.rollout.greedy_slots, tuple(config.buckets.response_tokens))
-    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, greedy)
+    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, greedy, model.kernels)
     if verifier is None and "free_form" in forms:
         verifier = _checked_verifier(config, pipeline)
     grader = Grader(verifier)
@@ -115,17 +115,20 @@ def _checked_verifier(config: TrainConfig, pipeline: Pipeline) -> Verifier | Non
     return made
 
 
-def _check_phases(config: TrainConfig, mesh: Mesh) -> None:
+def check_phases(config: TrainConfig, mesh: Mesh) -> None:
     shards = batch_shards(mesh)
     for i, phase in enumerate(config.phases):
         try:
             phase_sampling(phase)
         except ValueError as error:
             raise ValueError(f"phases[{i}].{error}") from error
-        if (phase.microbatch or phase.prompts // phase.minibatches) % shards:
+        together = phase.prompts // phase.minibatches
+        size = max(phase.microbatch, shards) if phase.microbatch else together
+        if size % shards or together % size:
             raise ValueError(
-                f"phases[{i}]: the prompts of an update (microbatch, or prompts / minibatches) "
-                f"must be a multiple of mesh.data x mesh.fsdp = {shards}"
+                f"phases[{i}]: the prompts of an update ({size} of {together}: microbatch, or "
+                f"prompts / minibatches) must be a multiple of mesh.data x mesh.fsdp = {shards} "
+                "that divides them"
             )
 
 
@@ -148,7 +151,7 @@ def open_source(name: str, split: str, config: TrainConfig) -> Any:
 
 def bad_rows_folder(config: TrainConfig, split: str) -> Path:
     """Where rows that cannot be used are listed."""
-    return Path(config.run) / "bad_rows" / split
+    return as_path(config.run) / "bad_rows" / split
 
 
 def train(config: TrainConfig, verifier: Verifier | None = None) -> dict[str, Any]:
@@ -164,7 +167,7 @@ def train(config: TrainConfig, verifier: Verifier | None = None) -> dict[str, An
 def _train(
     config: TrainConfig, console: Console, verifier: Verifier | None, stops: StopRequests
 ) -> dict[str, Any]:
-    run = Path(config.run)
+    run = as_path(config.run)
     require_writable(run)
     check_same_config(config, run)
     trainer = build_trainer(config, console, verifier, stops)
@@ -173,7 +176,8 @@ def _train(
     if is_main():
         write_config(config, run)
         # Epochs in steps, for whoever wants to know how far the run is.
-        _write(run / "schedule.json", json.dumps({"steps": [p.steps for p in trainer.phases]}))
+        steps = [phase.steps for phase in trainer.phases]
+        write_whole(run / "schedule.json", json.dumps({"steps": steps}) + "\n")
     any_process(False)  # The others wait for it before they may fail for a reason of their own.
     size = sum(x.size for x in jax.tree.leaves(trainer.like))
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -210,9 +214,8 @@ def require_writable(run: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise OSError(
-            f"run folder {run} cannot be written ({error.strerror}): set `run`"
-        ) from error
+        why = error.strerror or " ".join(str(error).split())
+        raise OSError(f"run folder {run} cannot be written ({why}): set `run`") from error
 
 
 def check_same_config(config: TrainConfig, run: Path) -> None:
@@ -235,16 +238,8 @@ def check_same_config(config: TrainConfig, run: Path) -> None:
 
 def write_config(config: TrainConfig, folder: Path) -> None:
     """As config.yaml, which `--config` reads back."""
-    _write(
-        folder / "config.yaml", yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
-    )
-
-
-def _write(file: Path, text: str) -> None:
-    """At once or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, file)
+    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    write_whole(folder / "config.yaml", text + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -13,8 +13,9 @@ from p2r_jax.config import OptimizerConfig
 from p2r_jax.parallel.mesh import batch_shards, for_decoding
 from p2r_jax.rl.optimizer import make_optimizer
 from p2r_jax.rl.prompt_scan import Scan
-from p2r_jax.rl.schedule import Phase
+from p2r_jax.rl.schedule import Phase, microbatches
 from p2r_jax.rl.trainer import Trainer
+from p2r_jax.roles.image_store import image_bytes, share_of
 from p2r_jax.roles.requests import fit
 from p2r_jax.roles.verifiers import ModelVerifier
 from p2r_jax.rollout.generate import Schedule
@@ -57,7 +58,7 @@ def memory_of(trainer: Trainer, phase: Phase, scan: Scan) -> Memory:
     rollout |= _largest_rollout(trainer, phase, sizes)
 
     update = {f"gradient, {model.param_dtype}": tree_bytes(like)}
-    parts = own.prompts // own.minibatches // own.microbatch if own.microbatch else 1
+    parts = microbatches(own, batch_shards(trainer.mesh) if trainer.mesh is not None else 1)
     if parts > 1:
         update[f"gradient, summed over {parts} microbatches, float32"] = tree_bytes(like, "float32")
     if compute != model.param_dtype:
@@ -66,12 +67,18 @@ def memory_of(trainer: Trainer, phase: Phase, scan: Scan) -> Memory:
         update["weights of the verifier, kept"] = decoding
 
     # Images stay through the step, and so do the patches of the prompts that are trained on.
-    shape = (own.prompts, *sizes.image(), 3)
+    # Those chosen from several batches stay with their processes: at worst these have more of them.
+    batches, each = 1 + own.dynamic_sampling, -(-own.prompts // sizes.shards)
+    if len(set(share_of(trainer.mesh).owners)) > 1:
+        each = min(each * batches, own.prompts)
+    shape = " × ".join(map(str, (each, *sizes.image(), 3)))
     patches = sum(sizes.patch_bytes(role.role, own.prompts) for role in phase.learning)
     pictures = {
-        f"images, {' × '.join(map(str, shape))}, on every device": math.prod(shape),
-        "images of the role that learns, as patches": patches * (1 + own.dynamic_sampling),
+        f"images, {shape}, on each device": image_bytes(each, sizes.image()),
+        "images of the role that learns, as patches": patches * batches,
     }
+    if sizes.shards > 1:
+        rollout["patches on their way from device to device"] = sizes.exchange_bytes()
     return Memory(always, rollout | pictures, update | pictures)
 
 
@@ -123,7 +130,8 @@ class _Sizes:
         heads //= tensor if heads % tensor == 0 else 1
         item = jnp.dtype(model.rollout_dtype or model.compute_dtype).itemsize
         self.token_bytes = text.num_hidden_layers * heads * text.head_dim * 2 * item
-        self.patch_dim = builder.processor.config.vision.patch_dim
+        vision = builder.processor.config.vision
+        self.frame_dim = vision.frame_dim
 
     def bucket(self, role: str, kind: str) -> int:
         return fit(getattr(self.buckets, kind), max(self.scan.needs[role, kind]), kind)
@@ -141,8 +149,13 @@ class _Sizes:
         return self.up(slots) // self.shards * tokens * self.token_bytes
 
     def patch_bytes(self, role: str, rows: int) -> int:
-        """Pixels of the patches of so many prompts, float32."""
-        return self.up(rows) // self.shards * self.bucket(role, "patches") * self.patch_dim * 4
+        """Pixels of the patches of so many prompts."""
+        return self.up(rows) // self.shards * self.bucket(role, "patches") * self.frame_dim
+
+    def exchange_bytes(self) -> int:
+        """Of `image_store.render_prompts`: one frame of the patches of a prompt for each shard."""
+        most = max(self.bucket(role, kind) for role, kind in self.scan.needs if kind == "patches")
+        return self.shards * most * self.frame_dim
 
 
 def _largest_rollout(trainer: Trainer, phase: Phase, sizes: _Sizes) -> dict[str, int]:

@@ -23,7 +23,8 @@ from p2r_jax.data.sources import SourceError
 from p2r_jax.qwen3_vl.processor import ImageSizes
 from p2r_jax.rl.trainer import Trainer
 from p2r_jax.roles.boxes import MAX_CROPS, Box, crop_rectangle
-from p2r_jax.roles.requests import ImageStore, RequestBuilder
+from p2r_jax.roles.image_store import ImageStore
+from p2r_jax.roles.requests import RequestBuilder
 
 IMAGE = "source image"
 """Stands among the roles: the image itself must fit a bucket too."""

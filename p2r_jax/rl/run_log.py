@@ -1,11 +1,15 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard, samples with pictures, summary.json."""
+"""What a run writes for people: metrics.jsonl, TensorBoard, samples with pictures, summary.json.
+
+In a bucket metrics.jsonl grows by whole rows, each there before the checkpoint that vouches for it,
+so that a resumed run drops and keeps the same rows as on a disk.
+"""
 
 from __future__ import annotations
 
 import collections
 import importlib.util
 import json
-import os
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from p2r_jax.config import LogConfig
 from p2r_jax.data.loader import LoadedRow
 from p2r_jax.evals.record_file import save_pictures
 from p2r_jax.parallel.multihost import is_main
+from p2r_jax.paths import is_remote, read_range, write_whole
 
 PICTURE_SIDE = 1280
 """Longest side of the pictures of training samples, pixels; there are some in every step."""
@@ -41,16 +46,15 @@ class RunLog:
         run.mkdir(parents=True, exist_ok=True)
         self._drop_rows_after(start_step)
         if config.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+            self.board = _Board(run / "tensorboard", start_step + 1)
         if config.wandb_project:
             import wandb
 
             # The same id after a resume: one run there as here.
             own = f"{run.name}-{zlib.crc32(str(run.absolute()).encode()):08x}"
+            files = tempfile.gettempdir() if is_remote(run) else str(run)
             self.wandb = wandb.init(
-                project=config.wandb_project, dir=str(run), id=own, name=run.name, resume="allow"
+                project=config.wandb_project, dir=files, id=own, name=run.name, resume="allow"
             )
 
     def _drop_rows_after(self, step: int) -> None:
@@ -58,9 +62,7 @@ class RunLog:
             return
         lines = self.metrics_file.read_text().splitlines()
         kept = [line for line in lines if _step_of(line) <= step and self._is_finished(line)]
-        temporary = self.metrics_file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.metrics_file)
+        write_whole(self.metrics_file, "".join(line + "\n" for line in kept))
 
     def _is_finished(self, line: str) -> bool:
         """False for the row of an evaluation that was cut off before its summary was written."""
@@ -74,9 +76,7 @@ class RunLog:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps({"step": step} | where | values) + "\n")
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
+            self.board.add(step, values)
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
@@ -116,6 +116,39 @@ class RunLog:
             self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+class _Board:
+    """TensorBoard's writer. The library sends a file to a bucket anew with every flush; here it
+    writes to a disk, and what is new is appended in the bucket."""
+
+    def __init__(self, folder: Path, purge_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._folder, self._sent = folder, collections.Counter[str]()
+        self._scratch = tempfile.TemporaryDirectory() if is_remote(folder) else None
+        files = self._scratch.name if self._scratch else str(folder)
+        self._writer = SummaryWriter(files, purge_step=purge_step)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+        self._send()
+
+    def _send(self) -> None:
+        for file in Path(self._scratch.name).iterdir() if self._scratch else ():
+            new = read_range(file, self._sent[file.name], file.stat().st_size)
+            if new:
+                with (self._folder / file.name).open("ab") as out:
+                    out.write(new)
+                self._sent[file.name] += len(new)
+
+    def close(self) -> None:
+        self._writer.close()
+        self._send()
+        if self._scratch:
+            self._scratch.cleanup()
 
 
 def _step_of(line: str) -> float:

@@ -45,6 +45,19 @@ def learning_roles(phase: PhaseConfig) -> tuple[PhaseConfig, ...]:
     )
 
 
+def microbatches(phase: PhaseConfig, shards: int = 1) -> int:
+    """Parts that the gradient of one update is summed over. shards: ways that a batch is split.
+
+    >>> microbatches(PhaseConfig(prompts=64, microbatch=8))
+    8
+    >>> microbatches(PhaseConfig(prompts=64, microbatch=8), shards=16)
+    4
+    """
+    if not phase.microbatch:
+        return 1
+    return max(1, phase.prompts // phase.minibatches // max(phase.microbatch, shards))
+
+
 def plan_phases(config: TrainConfig, rows: int) -> tuple[Phase, ...]:
     """All phases of all rounds.
 

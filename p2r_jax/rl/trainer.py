@@ -20,7 +20,6 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +35,7 @@ from p2r_jax.data.loader import LoadedRow, Unreadable, training_batches
 from p2r_jax.parallel.compilations import Compilations
 from p2r_jax.parallel.mesh import for_decoding
 from p2r_jax.parallel.multihost import gather, is_main
+from p2r_jax.paths import as_path
 from p2r_jax.qwen3_vl.hf import save_pretrained
 from p2r_jax.rl.batches import advantages_of
 from p2r_jax.rl.checkpointing import Checkpoints, abstract
@@ -61,8 +61,8 @@ from p2r_jax.rl.step import (
 from p2r_jax.rl.stop import Interrupted, Preempted, RunStopped, StopRequests
 from p2r_jax.rl.updates import Collected, Updates
 from p2r_jax.roles.grading import Grader
+from p2r_jax.roles.image_store import ImageStore, share_of
 from p2r_jax.roles.pipeline import Pipeline
-from p2r_jax.roles.requests import ImageStore
 from p2r_jax.roles.verifiers import ModelVerifier
 from p2r_jax.rollout.generate import Schedule
 
@@ -101,7 +101,7 @@ class Trainer:
         self.train_source = train_source
         self.grader = grader
         self.phases = plan_phases(config, len(train_source))
-        self.run_folder = Path(config.run)
+        self.run_folder = as_path(config.run)
         self.mesh = pipeline.builder.mesh
         self.dtype = jnp.dtype(config.model.compute_dtype)
         self.updates = Updates(config, self.phases, pipeline)
@@ -201,6 +201,7 @@ class Trainer:
                     self.config.seed * 1000 + phase.number,
                     live.progress.batch,
                     self.unreadable,
+                    share_of(self.mesh),
                 )
                 while live.progress.phase_step < phase.steps:
                     metrics, used = self._step(phase, batches, log)
@@ -276,7 +277,7 @@ class Trainer:
                 rows = next(batches)
                 self._must_agree(rows)
             with clock("upload"):
-                return rows, ImageStore.upload([r.image for r in rows], builder.buckets, self.mesh)
+                return rows, ImageStore.of_rows(rows, builder.buckets, self.mesh)
 
         def experience(role: PhaseConfig, rows: list[LoadedRow], images: ImageStore, *use: int):
             entropy = [self.config.seed, self.live.progress.step, *(use if any(use) else ())]
@@ -314,12 +315,11 @@ class Trainer:
 
     def _must_agree(self, rows: list[LoadedRow]) -> None:
         """Raise RunStopped unless all processes have the same rows before them."""
-        seen = "\n".join(f"{r.row.id} {r.image.shape}" for r in rows)
+        seen = "\n".join(f"{r.row.id} {r.size}" for r in rows)
         if len(set(gather(np.asarray(zlib.crc32(seen.encode()))).tolist())) > 1:
             raise RunStopped(
-                "the processes read different rows from data.train, so some of them cannot read "
-                f"all of its images or see another file; see {self.run_folder / 'bad_rows'} and "
-                "the processes' warnings, and start again from the last checkpoint"
+                "the processes read different rows from data.train: let all of them see the same "
+                "file, and start again from the last checkpoint"
             )
 
     def _partner(self) -> nnx.State:

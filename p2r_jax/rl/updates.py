@@ -13,12 +13,13 @@ import numpy as np
 from flax import nnx
 
 from p2r_jax.config import PhaseConfig, TrainConfig
+from p2r_jax.parallel.mesh import batch_shards
 from p2r_jax.parallel.multihost import to_host
 from p2r_jax.rl.batches import anchor_batch, training_batch
 from p2r_jax.rl.experience import Clock, Experience
 from p2r_jax.rl.optimizer import learning_rate, make_optimizer, updates_done
 from p2r_jax.rl.rewards import Reward
-from p2r_jax.rl.schedule import Phase
+from p2r_jax.rl.schedule import Phase, microbatches
 from p2r_jax.rl.step import (
     AnchorBatch,
     Layout,
@@ -31,8 +32,8 @@ from p2r_jax.rl.step import (
     train_step,
 )
 from p2r_jax.rl.stop import RunStopped
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.pipeline import Pipeline
-from p2r_jax.roles.requests import ImageStore
 
 OF_THE_UPDATE = ("grad_norm", "loss/anchor")
 """Metrics that belong to no role."""
@@ -75,6 +76,8 @@ class Updates:
         config, own = self.config, phase.config
         allowed, graph = self.pipeline.vocabulary.allowed, self.pipeline.graph
         rings = tuple(config.buckets.response_tokens)
+        mesh = self.pipeline.builder.mesh
+        shards = batch_shards(mesh) if mesh is not None else 1
         metrics: dict[str, float] = {}
         batches: list[TrainingBatch] = []
         objectives: list[Objective] = []
@@ -89,8 +92,9 @@ class Updates:
                 one.sampled,
             )
             metrics |= {name + key: value for key, value in about.items()}
-            parts = own.prompts // own.microbatch if own.microbatch else 1
-            objective = Objective(config.loss, one.role.temperature, one.role.max_new_tokens, parts)
+            parts = microbatches(own, shards)
+            every = parts * own.minibatches if own.microbatch else 1
+            objective = Objective(config.loss, one.role.temperature, one.role.max_new_tokens, every)
             score = functools.partial(
                 batch_log_probs, graph, allowed=allowed, objective=objective, dtype=self.dtype
             )
@@ -102,9 +106,7 @@ class Updates:
                 with clock("update"):
                     old = score(state.params, batch=batch)
                     batch = dataclasses.replace(batch, old_log_probs=old)
-                objective = dataclasses.replace(
-                    objective, microbatches=max(1, parts // own.minibatches)
-                )
+                objective = dataclasses.replace(objective, microbatches=parts)
             batches.append(batch)
             objectives.append(objective)
         if len(collected) > 1:

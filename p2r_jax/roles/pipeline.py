@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
+from p2r_jax.ops.kernels import Kernels
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.model import Qwen3VL
@@ -23,8 +24,9 @@ from p2r_jax.qwen3_vl.processor import ImageSizes, Processor
 from p2r_jax.roles.answers import extract_answer
 from p2r_jax.roles.boxes import Box, ParsedBoxes, parse_response
 from p2r_jax.roles.evidence import P2R, Evidence, Shown, gather_evidence
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.prompts import PromptSet, load_prompt_set
-from p2r_jax.roles.requests import Buckets, ImageStore, Request, RequestBuilder, fit
+from p2r_jax.roles.requests import Buckets, Request, RequestBuilder, fit
 from p2r_jax.rollout.generate import Completions, Schedule, Stage, generate, untimed
 from p2r_jax.rollout.sampling import Sampling, Vocabulary
 
@@ -74,9 +76,10 @@ class Pipeline:
         buckets: Buckets,
         mesh: Mesh | None = None,
         schedule: Schedule | None = None,
+        kernels: Kernels | None = None,
     ) -> Pipeline:
-        """mesh: that of the model. schedule: of `complete`; default, 32 slots."""
-        builder = RequestBuilder(processor, prompts, buckets, mesh)
+        """mesh, kernels: those of the model. schedule: of `complete`; default, 32 slots."""
+        builder = RequestBuilder(processor, prompts, buckets, mesh, kernels)
         words = Vocabulary.of(processor, mesh)
         return cls(graph, builder, words, schedule or greedy_schedule(32))
 
@@ -297,7 +300,9 @@ def perceive_and_reason(
     graph, params = nnx.split(model)
     buckets = default_buckets(processor.sizes, max(pixels.shape[:2]))
     mesh = model.kernels.mesh
-    pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, Schedule(slots=1))
+    pipeline = Pipeline.create(
+        graph, processor, prompts, buckets, mesh, Schedule(slots=1), model.kernels
+    )
     images = ImageStore.upload([pixels], buckets, mesh)
     perceiver, reasoner = Sampling(perceiver_max_new_tokens), Sampling(reasoner_max_new_tokens)
     ((perceiver_text, parsed),) = pipeline.perceive(params, images, [asked], perceiver)

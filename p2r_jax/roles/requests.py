@@ -7,24 +7,24 @@ them, so a run compiles each program once per bucket whatever the images and box
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from p2r_jax.config import BucketConfig
-from p2r_jax.ops.image import Views, render_patches
-from p2r_jax.parallel.mesh import batch_sharding, batch_shards, replicated
+from p2r_jax.ops.image import Views
+from p2r_jax.ops.kernels import Kernels
+from p2r_jax.parallel.mesh import batch_sharding, batch_shards
 from p2r_jax.parallel.multihost import put
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
 from p2r_jax.qwen3_vl.positions import Grid
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.evidence import P2R, Shown, View, gather_evidence, plain_view
+from p2r_jax.roles.image_store import ImageStore, render_prompts
 from p2r_jax.roles.prompts import PromptSet, Role, build_messages
 
 
@@ -40,6 +40,9 @@ class Request:
     has_evidence: bool = True
 
 
+_SIZES = ("patches", "prompt_tokens", "canvas", "image")
+
+
 @dataclasses.dataclass(frozen=True)
 class Buckets:
     """Allowed padded sizes, increasing. Each one used costs a compilation of each program."""
@@ -51,18 +54,21 @@ class Buckets:
     """Largest side of a resized image, pixels."""
     image: tuple[int, ...]
     """Largest side of a source image, pixels."""
+    image_bytes: int = int(BucketConfig.image_gib * 2**30)
+    """Most bytes of source images on one device; see `image_store`."""
 
     @classmethod
     def of(cls, config: BucketConfig) -> Buckets:
         """The part of the settings that prompts need."""
-        return cls(*(tuple(getattr(config, field.name)) for field in dataclasses.fields(cls)))
+        sizes: dict[str, Any] = {name: tuple(getattr(config, name)) for name in _SIZES}
+        return cls(**sizes, image_bytes=int(config.image_gib * 2**30))
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            sizes = tuple(getattr(self, field.name))
-            object.__setattr__(self, field.name, sizes)
+        for name in _SIZES:
+            sizes = tuple(getattr(self, name))
+            object.__setattr__(self, name, sizes)
             if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-                raise ValueError(f"buckets.{field.name} must be increasing sizes, got {sizes}")
+                raise ValueError(f"buckets.{name} must be increasing sizes, got {sizes}")
 
 
 def fit(sizes: Sequence[int], needed: int, name: str) -> int:
@@ -76,47 +82,24 @@ def fit(sizes: Sequence[int], needed: int, name: str) -> int:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageStore:
-    """The source images of a step, uploaded once as one uint8 array [I, H, W, 3]."""
-
-    pixels: jax.Array
-    sizes: jax.Array
-    shapes: tuple[tuple[int, int], ...]
-    """(height, width) of each image, on the host."""
-
-    @classmethod
-    def upload(
-        cls, images: Sequence[np.ndarray], buckets: Buckets, mesh: Mesh | None = None
-    ) -> ImageStore:
-        """images: uint8 [H, W, 3] each. Padded to the smallest bucket that holds them all."""
-        shapes = tuple((int(i.shape[0]), int(i.shape[1])) for i in images)
-        height, width = (
-            fit(buckets.image, max(s[axis] for s in shapes), "image") for axis in (0, 1)
-        )
-        pixels = np.zeros((len(images), height, width, 3), np.uint8)
-        for i, image in enumerate(images):
-            pixels[i, : image.shape[0], : image.shape[1]] = image
-        where = replicated(mesh) if mesh is not None else None
-        sizes = np.asarray(shapes, np.int32)
-        return cls(put(pixels, where), put(sizes, where), shapes)
-
-    @classmethod
-    def empty(cls) -> ImageStore:
-        """No image, for requests of text alone."""
-        return cls(jnp.zeros((0, 1, 1, 3), jnp.uint8), jnp.zeros((0, 2), jnp.int32), ())
-
-
 class RequestBuilder:
     """Words requests for each role and collates them. One instance serves a whole run."""
 
     def __init__(
-        self, processor: Processor, prompts: PromptSet, buckets: Buckets, mesh: Mesh | None = None
+        self,
+        processor: Processor,
+        prompts: PromptSet,
+        buckets: Buckets,
+        mesh: Mesh | None = None,
+        kernels: Kernels | None = None,
     ):
+        """kernels: default, plain XLA."""
         self.processor = processor
         self.prompts = prompts
         self.buckets = buckets
         self.mesh = mesh
+        patch_size = processor.config.vision.patch_size
+        self.image_ops = (kernels or Kernels()).image_ops(patch_size)
 
     def plain(
         self, role: Role, images: ImageStore, image: int, question: str, answer_form: str
@@ -207,8 +190,8 @@ class RequestBuilder:
         layout = patch_layout(grids, config, num_patches)
         slot = layout.pop("slot")
         where = batch_sharding(self.mesh) if self.mesh is not None else None
-        layout, slot, views = put((layout, slot, _stack_views(requests)), where)
-        pixels = _render(
+        layout, slot, views = put((layout, slot, _stack_views(requests, images.places)), where)
+        pixels = render_prompts(
             images.pixels,
             images.sizes,
             views,
@@ -216,14 +199,17 @@ class RequestBuilder:
             layout["row_col"],
             canvas=canvas,
             patch_size=config.vision.patch_size,
-            temporal_patch_size=config.vision.temporal_patch_size,
             mesh=self.mesh,
+            implementation=self.image_ops,
         )
         return Patches(pixels=pixels, **layout)
 
 
-def _stack_views(requests: Sequence[Request]) -> Views:
-    """Views of a batch [B, S, ...]; S and the number of outlines are rounded up to few sizes."""
+def _stack_views(requests: Sequence[Request], places: Sequence[int]) -> Views:
+    """Views of a batch [B, S, ...]; S and the number of outlines are rounded up to few sizes.
+
+    places: of each image in the uploaded array.
+    """
     most = max(len(r.views) for r in requests)
     slots = 1 if most == 1 else max(4, 1 << (most - 1).bit_length())
     drawn = max(len(v.outlines) for r in requests for v in r.views)
@@ -238,8 +224,9 @@ def _stack_views(requests: Sequence[Request]) -> Views:
         "line_width": np.ones(shape, np.int32),
     }
     for row, request in enumerate(requests):
+        if request.views:  # Unused slots too, so that all of a row are on one device.
+            out["image_index"][row] = places[request.image]
         for i, view in enumerate(request.views):
-            out["image_index"][row, i] = request.image
             out["crop"][row, i] = view.crop
             out["target"][row, i] = view.target
             count = len(view.outlines)
@@ -248,36 +235,3 @@ def _stack_views(requests: Sequence[Request]) -> Views:
             out["outline_count"][row, i] = count
             out["line_width"][row, i] = max(1, view.line_width)
     return Views(**out)
-
-
-@functools.partial(jax.jit, static_argnames=("canvas", "patch_size", "temporal_patch_size", "mesh"))
-def _render(
-    images: jax.Array,
-    sizes: jax.Array,
-    views: Views,
-    slot: jax.Array,
-    row_col: jax.Array,
-    *,
-    canvas: tuple[int, int],
-    patch_size: int,
-    temporal_patch_size: int,
-    mesh: Mesh | None,
-) -> jax.Array:
-    render = functools.partial(
-        render_patches,
-        canvas=canvas,
-        patch_size=patch_size,
-        temporal_patch_size=temporal_patch_size,
-    )
-    if mesh is None:
-        return render(images, sizes, views, slot, row_col)
-    # The loop over views must stay on its own rows; the partitioner would run it everywhere.
-    rows = batch_sharding(mesh).spec
-    whole = jax.sharding.PartitionSpec()
-    return jax.shard_map(
-        render,
-        mesh=mesh,
-        in_specs=(whole, whole, rows, rows, rows),
-        out_specs=rows,
-        check_vma=False,
-    )(images, sizes, views, slot, row_col)

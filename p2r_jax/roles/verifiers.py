@@ -27,8 +27,9 @@ from flax import nnx
 
 from p2r_jax.config import VerifierConfig
 from p2r_jax.roles.answers import Query
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.pipeline import Pipeline
-from p2r_jax.roles.requests import ImageStore, Request, fit
+from p2r_jax.roles.requests import Request, fit
 from p2r_jax.rollout.sampling import Sampling
 
 logger = logging.getLogger(__name__)

@@ -89,11 +89,17 @@ def _split(x: Any, mesh: Mesh | None) -> Any:
         return x
 
     def one(path: Any, leaf: Array) -> Array:
-        by_row = PartitionSpec(BATCH_AXES) if leaf.ndim else PartitionSpec()
-        spec = _cache_spec(leaf, mesh) if _is_cache(path) else by_row
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+        where = NamedSharding(mesh, slot_spec(path, leaf, mesh))
+        return jax.lax.with_sharding_constraint(leaf, where)
 
     return jax.tree_util.tree_map_with_path(one, x)
+
+
+def slot_spec(path: Any, leaf: Any, mesh: Mesh) -> PartitionSpec:
+    """How a leaf of `Slots` is split; path: as `jax.tree_util` gives it."""
+    if _is_cache(path):
+        return _cache_spec(leaf, mesh)
+    return PartitionSpec(BATCH_AXES) if leaf.ndim else PartitionSpec()
 
 
 def _is_cache(path: Any) -> bool:

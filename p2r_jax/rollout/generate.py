@@ -100,7 +100,7 @@ def generate(
 
     Raises ValueError if there is no prompt, or if what `load` gives does not fit.
     """
-    plan = _Plan.of(schedule or Schedule(), len(seeds), sampling, *_facts(graph, params))
+    plan = SlotPlan.of(schedule or Schedule(), len(seeds), sampling, *_facts(graph, params))
     shape = (len(seeds), sampling.group, sampling.max_new_tokens)
     tokens, log_probs = np.full(shape, int(vocabulary.pad), np.int32), np.zeros(shape, np.float32)
     seeds = np.asarray(seeds, np.uint32)
@@ -179,7 +179,7 @@ def _facts(graph: nnx.GraphDef, params: nnx.State) -> tuple[Mesh | None, TextCon
     return found[0]
 
 
-def _check(prompts: Prompts, plan: _Plan, prompt_tokens: int) -> None:
+def _check(prompts: Prompts, plan: SlotPlan, prompt_tokens: int) -> None:
     rows, size = prompts.tokens.shape
     if rows != plan.refill:
         raise ValueError(
@@ -191,7 +191,7 @@ def _check(prompts: Prompts, plan: _Plan, prompt_tokens: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class SlotPlan:
     """A schedule made definite: everything divides by the devices that slots are split over."""
 
     slots: int
@@ -212,7 +212,7 @@ class _Plan:
         mesh: Mesh | None,
         text: TextConfig,
         dtype: Any,
-    ) -> _Plan:
+    ) -> SlotPlan:
         if count < 1:
             raise ValueError("there is no prompt to complete")
         shards = batch_shards(mesh) if mesh is not None else 1

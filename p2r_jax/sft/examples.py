@@ -20,7 +20,8 @@ from p2r_jax.qwen3_vl.inputs import token_layout
 from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.evidence import View
-from p2r_jax.roles.requests import ImageStore, Request, RequestBuilder
+from p2r_jax.roles.image_store import ImageStore
+from p2r_jax.roles.requests import Request, RequestBuilder
 from p2r_jax.sft.tiny import COORDINATE_STEP
 
 

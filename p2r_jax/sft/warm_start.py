@@ -32,8 +32,9 @@ from p2r_jax.parallel.mesh import batch_sharding, replicated
 from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.boxes import Box
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.prompts import load_prompt_set
-from p2r_jax.roles.requests import Buckets, ImageStore, RequestBuilder
+from p2r_jax.roles.requests import Buckets, RequestBuilder
 from p2r_jax.sft.examples import ExampleMaker, Examples, box_text, pack, snapped_box
 from p2r_jax.sft.tiny import COORDINATE_STEP, build_tokenizer, tiny_config, write_processor_files
 

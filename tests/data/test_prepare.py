@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from p2r_jax import cli
+from p2r_jax.data import builders
 from p2r_jax.data.prepare import prepare
 from p2r_jax.data.prepared import BENCHMARKS, PreparedSource
 from p2r_jax.data.sources import SourceError, load_source
@@ -253,6 +254,78 @@ def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path):
     prepare("mine", tmp_path / "mine.jsonl", out)
     assert [row.image_source() for row in load_source(out / "mine")] == images
     assert sorted(p.name for p in out.iterdir()) == [".mine.lock", "mine"]
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """Two of three files of examples are written, and the reading of the ninth image ends it all.
+    Returns the source, and the bytes of images that were checked since."""
+    monkeypatch.setattr(builders, "SHARD", 3)
+    checked, whole = [], builders._size
+    lines = []
+    for i in range(9):
+        image = b"no image" if i == 1 else picture(i, form="JPEG")
+        (tmp_path / f"{i}.jpg").write_bytes(image)
+        row = {"image": f"{i}.jpg", "question": "?", "answer": "x", "answer_form": "na"}
+        lines.append(json.dumps(row | {"id": str(i)}))
+    source = tmp_path / "mine.jsonl"
+    source.write_text("\n".join(lines))
+
+    def size(encoded: bytes):
+        if encoded == picture(8, form="JPEG"):
+            raise KeyboardInterrupt
+        return whole(encoded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builders, "_size", size)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("mine", source, tmp_path / "data", max_bad_fraction=0.5)
+
+    def count(encoded: bytes):
+        checked.append(encoded)
+        return whole(encoded)
+
+    monkeypatch.setattr(builders, "_size", count)
+    return source, checked
+
+
+def assert_whole(folder: Path) -> None:
+    """All rows but the bad one, with their images, in files of three."""
+    rows = list(load_source(folder))
+    assert [row.id for row in rows] == ["0", "2", "3", "4", "5", "6", "7", "8"]
+    assert [row.image_source() for row in rows] == [picture(int(r.id), form="JPEG") for r in rows]
+    bad = [json.loads(line) for line in (folder / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(b["row"], b["field"]) for b in bad] == [("mine.jsonl:2", "image")]
+    about = json.loads((folder / "prepared.json").read_text())
+    assert (about["rows"], about["bad"], about["images"]) == (8, 1, 8)
+    assert len(list(folder.glob("1.0.0/*array_record*"))) == 3
+
+
+def test_an_interrupted_preparation_goes_on_after_its_last_whole_file(interrupted, capsys):
+    source, checked = interrupted
+    folder = prepare("mine", source, source.parent / "data", max_bad_fraction=0.5)
+    assert "going on after 7 records" in capsys.readouterr().out
+    assert checked == [picture(i, form="JPEG") for i in (7, 8)]
+    assert_whole(folder)
+    assert sorted(p.name for p in folder.parent.iterdir()) == [".mine.lock", "mine"]
+
+
+@pytest.mark.parametrize("change", ["source", "limit", "between"])
+def test_it_starts_anew_if_it_would_be_another(interrupted, change):
+    """Of a source that has changed, with another limit, or killed between the examples and the
+    note that they are there."""
+    source, checked = interrupted
+    out, limit = source.parent / "data", None
+    if change == "source":
+        os.utime(source, ns=(1, 1))
+    elif change == "limit":
+        limit = 9
+    else:
+        file = out / ".mine.preparing" / "progress.json"
+        state = json.loads(file.read_text())
+        file.write_text(json.dumps(state | {"index": state["index"][:3], "read": 4}))
+    assert_whole(prepare("mine", source, out, limit=limit, max_bad_fraction=0.5))
+    assert len(checked) == 9
 
 
 def test_a_damaged_index_is_noticed(tmp_path, hrbench):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -21,6 +23,7 @@ from p2r_jax.evals.runner import Decoding, choice_letters, evaluate
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.grading import Grader
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.pipeline import Completion, Pipeline
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
@@ -461,3 +464,70 @@ def test_the_real_model_runs_every_mode_and_batches_change_nothing(pipeline, mod
     ]
     assert len(runs[0]) == 15
     assert by_question[0] == by_question[1]
+
+
+# --- images that rows share, and batches that are too large for the devices -------------------
+
+
+@pytest.fixture
+def rotations():
+    """Two questions, each asked twice about one image, as a prepared dataset has them."""
+
+    def row(i):
+        about = SOURCE[i // 2]
+        meta = {"image_hash": f"{i // 2:064x}"}
+        return dataclasses.replace(SOURCE[i], image_source=about.image_source, meta=meta)
+
+    return [row(i) for i in range(4)]
+
+
+def uploads(monkeypatch):
+    """Shapes of what is uploaded."""
+    shapes, of_rows = [], ImageStore.of_rows
+
+    def upload(*args, **kwargs):
+        store = of_rows(*args, **kwargs)
+        shapes.append(store.pixels.shape)
+        return store
+
+    monkeypatch.setattr(ImageStore, "of_rows", upload)
+    return shapes
+
+
+def answers(records) -> list[tuple]:
+    return [(r["id"], r["mode"], r["perceiver_text"], r["reasoner_text"]) for r in records]
+
+
+def test_rows_that_share_an_image_upload_it_once_and_are_answered_apart(
+    pipeline, model, rotations, monkeypatch
+):
+    alone = [
+        record
+        for mode in ("p2r", "grid")
+        for row in rotations
+        for record in evaluate(
+            pipeline, model[1], lambda _, row=row: [[LoadedRow(row, row.load_image())]], [mode],
+            DECODING, total=1,
+        )
+    ]  # fmt: skip
+    shapes = uploads(monkeypatch)
+    batch = [LoadedRow(row, row.load_image()) for row in rotations]
+    together = evaluate(pipeline, model[1], lambda _: [batch], ["p2r", "grid"], DECODING, total=4)
+    assert shapes == [(2, 384, 384, 3)]
+    assert answers(together) == answers(alone)
+    assert len({r["perceiver_text"] for r in together if r["mode"] == "p2r"}) > 1
+
+
+def test_a_batch_over_the_bound_goes_in_parts(pipeline, model, monkeypatch):
+    batch = [LoadedRow(SOURCE[i], SOURCE[i].load_image()) for i in range(5)]
+    run = lambda pipeline: evaluate(
+        pipeline, model[1], lambda _: [batch], ["p2r", "default"], DECODING, total=5
+    )
+    whole = run(pipeline)
+    shapes = uploads(monkeypatch)
+    tight = dataclasses.replace(pipeline.builder.buckets, image_bytes=2 * 384**2 * 3)
+    builder = copy.copy(pipeline.builder)
+    builder.buckets = tight
+    parts = run(dataclasses.replace(pipeline, builder=builder))
+    assert shapes == [(2, 384, 384, 3)] * 2 + [(1, 384, 384, 3)]
+    assert answers(parts) == answers(whole)

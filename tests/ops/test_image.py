@@ -214,12 +214,17 @@ def test_long_axes_keep_exact_weights() -> None:
     assert_same_picture(result, pillow_crop_resize(pixels, crop, target), mean=2e-4)
 
 
-def test_resample_rows_sum_to_one_inside_and_to_zero_outside_the_target() -> None:
-    build = jax.jit(partial(ops.resample_matrix, in_extent=90, out_extent=40))
-    matrix = np.asarray(build(20, 70, 33))
-    np.testing.assert_allclose(matrix.sum(axis=1), np.arange(40) < 33, atol=1e-6)
-    assert not matrix[:, :20].any()
-    assert not matrix[:, 70:].any()
+def test_weights_are_zero_outside_the_crop_and_the_target_and_never_outside_their_span() -> None:
+    source, target = np.arange(90), np.arange(40)[:, None]
+    weights = np.asarray(ops.cubic_weights(source, target, 20, 70, 33))
+    np.testing.assert_array_equal(weights.any(axis=1), np.arange(40) < 33)
+    assert not weights[:, :20].any()
+    assert not weights[:, 70:].any()
+    for begin in range(40):
+        low, high = ops.source_span(20, 70, 33, begin, begin + 5)
+        needed = np.flatnonzero(weights[begin : begin + 5].any(axis=0))
+        assert set(needed) <= set(range(low, high))
+        assert high - low <= len(needed) + 2 * (begin < 33)
 
 
 def test_an_empty_crop_gives_an_empty_canvas() -> None:
@@ -252,7 +257,7 @@ def test_no_float_copy_of_the_image_is_made() -> None:
 
 def test_extents_beyond_int32_are_refused() -> None:
     with pytest.raises(ValueError, match="overflows int32"):
-        ops.resample_matrix(jnp.int32(0), jnp.int32(9), 9, in_extent=2**16, out_extent=2**15)
+        ops.check_extents(2**16, 2**15)
 
 
 def test_unknown_pass_order_is_refused() -> None:

@@ -13,11 +13,11 @@ from flax import nnx
 from p2r_jax.parallel.compilations import Compilations
 from p2r_jax.qwen3_vl import load_pretrained
 from p2r_jax.qwen3_vl.processor import Processor
-from p2r_jax.roles import requests as requests_module
 from p2r_jax.roles.boxes import Box
+from p2r_jax.roles.image_store import ImageStore, render_prompts
 from p2r_jax.roles.pipeline import Pipeline
 from p2r_jax.roles.prompts import load_prompt_set
-from p2r_jax.roles.requests import Buckets, ImageStore
+from p2r_jax.roles.requests import Buckets
 from p2r_jax.rollout import engine
 from p2r_jax.rollout.sampling import Sampling
 
@@ -66,7 +66,7 @@ def buckets_of(rows, sizes):
 
 
 PROGRAMS = {
-    "render": requests_module._render,
+    "render": render_prompts,
     "prefill": engine.prefill,
     "empty slots": engine.empty_slots,
     "start": engine._start,

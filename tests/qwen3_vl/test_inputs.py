@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from p2r_jax.qwen3_vl import Qwen3VLConfig
-from p2r_jax.qwen3_vl.inputs import patch_layout, token_layout
+from p2r_jax.qwen3_vl.inputs import Patches, patch_layout, pixel_values, token_layout
 from p2r_jax.qwen3_vl.model import prompts_from_hf
 from tests.qwen3_vl.reference import IMAGE, hf_config, make_batch
 
@@ -116,3 +117,25 @@ class TestFromProcessorOutputs:
         pixels = np.zeros((count, CONFIG.vision.patch_dim), np.float32)
         with pytest.raises(ValueError, match=f"{count} patches.*24"):
             self.convert(pixel_values=pixels)
+
+
+class TestPixelValues:
+    def test_bytes_are_what_the_reference_processor_gives(self):
+        """x/127.5 - 1 correctly rounded, the frame repeated within its channel, padding 0."""
+        config = CONFIG.vision
+        rng = np.random.default_rng(0)
+        raw = rng.integers(0, 256, (2, 3, config.frame_dim), dtype=np.uint8)
+        image_id = np.array([[1, 1, 0], [1, 2, 2]])
+        nothing = np.zeros((2, 3))
+        patches = Patches(jnp.asarray(raw), nothing, jnp.asarray(image_id), nothing, nothing)
+        values = np.asarray(pixel_values(patches, config))
+        one = raw.astype(np.float32) / np.float32(127.5) - 1
+        frames = one.reshape(2, 3, 3, 1, -1).repeat(config.temporal_patch_size, axis=3)
+        expected = np.where(image_id[..., None] > 0, frames.reshape(2, 3, -1), 0)
+        np.testing.assert_array_equal(values, expected)
+
+    def test_floats_are_left_alone(self):
+        pixels = jnp.ones((1, 2, CONFIG.vision.patch_dim))
+        nothing = np.zeros((1, 2))
+        patches = Patches(pixels, nothing, nothing, nothing, nothing)
+        assert pixel_values(patches, CONFIG.vision) is pixels

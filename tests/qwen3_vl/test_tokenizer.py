@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from p2r_jax.qwen3_vl.inputs import pixel_values
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.qwen3_vl.published import FOLDER
 from p2r_jax.roles.boxes import parse_boxes
@@ -270,6 +271,7 @@ def test_both_roles_see_what_their_processor_would_show_them(folder, theirs):
         builder.reasoner(store, 0, question, "mca", boxes),
     ]
     batch = builder.collate(requests, store)
+    values = pixel_values(batch.patches, builder.processor.config.vision)
 
     for row, (role, request) in enumerate(zip(("perceiver", "reasoner"), requests, strict=True)):
         images = []
@@ -285,6 +287,6 @@ def test_both_roles_see_what_their_processor_would_show_them(folder, theirs):
         np.testing.assert_array_equal(
             np.asarray(batch.tokens[row])[np.asarray(batch.valid[row]) == 1], request.tokens
         )
-        shown = np.asarray(batch.patches.pixels[row])[: len(reference["pixel_values"])]
+        shown = np.asarray(values[row])[: len(reference["pixel_values"])]
         assert np.abs(shown - reference["pixel_values"]).max() <= 1.001 / 127.5
     assert [len(request.views) for request in requests] == [1, 3]

@@ -19,8 +19,8 @@ from p2r_jax.rl.stop import RunStopped
 from p2r_jax.rl.trainer import Trainer
 from p2r_jax.rl.updates import Collected
 from p2r_jax.roles.boxes import ParsedBoxes
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.pipeline import Completion
-from p2r_jax.roles.requests import ImageStore
 from p2r_jax.rollout.generate import Completions
 from tests.rl.tiny_run import make_config
 

@@ -26,8 +26,9 @@ from p2r_jax.rl.trainer import Trainer
 from p2r_jax.roles.boxes import Box, parse_response
 from p2r_jax.roles.evidence import gather_evidence
 from p2r_jax.roles.grading import Grader
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.prompts import load_prompt_set
-from p2r_jax.roles.requests import Buckets, ImageStore, RequestBuilder
+from p2r_jax.roles.requests import Buckets, RequestBuilder
 from tests.rl.dry_runs import BUCKETS, SIDES, settings, write_rows
 from tests.rl.tiny_run import GROUP, PROMPTS
 
@@ -247,6 +248,12 @@ def test_a_wrong_image_folder(refused, tmp_path):
 def test_a_prompt_over_budget(refused):
     line = refused(buckets=dataclasses.replace(BUCKETS, patches=[100]))
     assert "exceeds buckets.patches = [100]" in line
+
+
+def test_images_that_do_not_fit_a_device(refused):
+    line = refused(buckets=dataclasses.replace(BUCKETS, image_gib=2**-13))
+    assert re.search(r"row 'row \d' has \d+ × \d+ pixels, so every image of its batch", line)
+    assert "more than buckets.image_gib = 0.00012207" in line
 
 
 def test_a_verifier_that_cannot_be_reached(refused):

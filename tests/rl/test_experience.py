@@ -13,8 +13,8 @@ from p2r_jax.rl.batches import anchor_batch, training_batch
 from p2r_jax.rl.experience import Experience, choose, teaches
 from p2r_jax.rl.rewards import Reward
 from p2r_jax.roles.boxes import Box, ParsedBoxes
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.pipeline import Completion
-from p2r_jax.roles.requests import ImageStore
 from p2r_jax.rollout.generate import Completions
 from tests.rl.tiny_run import make_config
 

@@ -18,7 +18,7 @@ from p2r_jax.rl.memory import Memory, memory_of, opt_state_bytes, tree_bytes
 from p2r_jax.rl.optimizer import make_optimizer
 from p2r_jax.rl.prompt_scan import Scan
 from p2r_jax.rl.step import new_state
-from p2r_jax.roles.requests import ImageStore
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.rollout.engine import empty_slots
 from tests.rl.dry_runs import settings, write_rows
 from tests.rl.tiny_run import PROMPTS
@@ -109,7 +109,7 @@ def test_images(trainer, scan):
     requests = [builder.plain("perceiver", images, i, "red?", "mca") for i in range(PROMPTS)]
     patches = builder.collate(requests, images).patches
     found = memory_of(trainer, trainer.phases[0], scan).update
-    name = f"images, {PROMPTS} × 384 × 384 × 3, on every device"
+    name = f"images, {-(-PROMPTS // 4)} × 384 × 384 × 3, on each device"
     assert found[name] == on_first_device(images.pixels)
     name = "images of the role that learns, as patches"
     assert found[name] == on_first_device(patches.pixels)
@@ -131,7 +131,7 @@ def test_the_policy_has_what_its_schedule_says(trainer, scan, monkeypatch):
     # A sixth of the prompts, but with patches: those of the whole batch are another's.
     vision = trainer.pipeline.builder.processor.config.vision
     part = found["prefill of the baseline, 4 prompts at once"]
-    assert part == whole // 6 + 320 * vision.patch_dim * 4
+    assert part == whole // 6 + 320 * vision.frame_dim
 
 
 def test_sums():

@@ -16,8 +16,9 @@ from p2r_jax.qwen3_vl.processor import ImageSizes, Processor
 from p2r_jax.rl.prompt_scan import Scan, largest_crop, roles_asked, scan_rows, spread
 from p2r_jax.roles.boxes import Box, parse_response
 from p2r_jax.roles.evidence import gather_evidence
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.prompts import load_prompt_set
-from p2r_jax.roles.requests import Buckets, ImageStore, RequestBuilder
+from p2r_jax.roles.requests import Buckets, RequestBuilder
 from tests.rl.dry_runs import BUCKETS, SIDES, write_rows
 
 

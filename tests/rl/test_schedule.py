@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from p2r_jax.config import LossConfig, PhaseConfig, RolloutConfig, TrainConfig
-from p2r_jax.rl.schedule import Progress, plan_phases
+from p2r_jax.rl.schedule import Progress, microbatches, plan_phases
 
 
 def phases_of(*phases: PhaseConfig, rows: int, rounds: int = 1):
@@ -165,3 +165,22 @@ class TestSettingsThatCannotWork:
 
     def test_the_authors_settings_do(self):
         TrainConfig().validate()
+
+
+class TestMicrobatches:
+    @pytest.mark.parametrize(
+        "microbatch, minibatches, shards, parts",
+        [
+            (0, 1, 4, 1),  # all at once
+            (8, 1, 4, 8),
+            (1, 1, 4, 16),  # one prompt for each part of the mesh
+            (1, 1, 16, 4),
+            (1, 2, 4, 8),
+            (64, 1, 1, 1),
+        ],
+    )
+    def test_have_at_least_a_prompt_on_every_part_of_the_mesh(
+        self, microbatch, minibatches, shards, parts
+    ):
+        phase = PhaseConfig(prompts=64, microbatch=microbatch, minibatches=minibatches)
+        assert microbatches(phase, shards) == parts

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from p2r_jax.config import RolloutConfig
 from p2r_jax.qwen3_vl import load_pretrained
+from p2r_jax.qwen3_vl.inputs import pixel_values
 from p2r_jax.rl import launch
-from p2r_jax.roles.requests import ImageStore
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.rollout.sampling import Sampling
 from tests.rl.runs import Run
 from tests.rl.tiny_run import GROUP, PROMPTS, TOKENS, make_config
@@ -195,7 +196,8 @@ class TestExport:
             whole.folder / "export", dtype=torch.float32, attn_implementation="eager"
         ).eval()
         (grid,) = (pipeline.builder.processor.sizes.grid(v.target) for v in request.views)
-        pixels = pipeline.builder.collate([request], images).patches.pixels
+        vision = pipeline.builder.processor.config.vision
+        pixels = pixel_values(pipeline.builder.collate([request], images).patches, vision)
         ids = torch.tensor(request.tokens)[None].long()
         banned = np.flatnonzero(~pipeline.builder.processor.allowed_tokens()).tolist()
         theirs = model.generate(

@@ -13,9 +13,10 @@ from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.model import forward_hf
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.answers import Query
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.pipeline import Completion, Pipeline
 from p2r_jax.roles.prompts import load_prompt_set
-from p2r_jax.roles.requests import Buckets, ImageStore
+from p2r_jax.roles.requests import Buckets
 from p2r_jax.roles.verifiers import (
     ModelVerifier,
     judge_prompt,

@@ -17,9 +17,10 @@ from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.parallel.mesh import make_mesh
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.pipeline import Completion, Pipeline, default_buckets, perceive_and_reason
 from p2r_jax.roles.prompts import load_prompt_set
-from p2r_jax.roles.requests import Buckets, ImageStore, Request
+from p2r_jax.roles.requests import Buckets, Request
 from p2r_jax.rollout.generate import Schedule
 from p2r_jax.rollout.sampling import Sampling
 
@@ -173,7 +174,7 @@ def test_default_buckets_hold_four_images_of_the_budget(processor):
     assert 4 * sizes.max_patches // 4 <= buckets.prompt_tokens[-1]
     assert buckets.image == (64, 128, 256, 512)
     # A small image does not pay for a large budget: steps of at most a doubling from small on.
-    for sizes in dataclasses.astuple(buckets):
+    for sizes in dataclasses.astuple(buckets)[:4]:
         assert sizes[0] == 64
         assert all(small < large <= 2 * small for small, large in itertools.pairwise(sizes))
 
@@ -215,7 +216,8 @@ def test_prompts_and_completions_of_a_mesh_have_filling_rows_and_none(
         graph, builder.processor, builder.prompts, builder.buckets, mesh, Schedule(2)
     )
     images, requests = asked
-    images = ImageStore(*jax.device_put((images.pixels, images.sizes)), images.shapes)
+    pixels = [np.asarray(images.pixels[i, :h, :w]) for i, (h, w) in enumerate(images.shapes)]
+    images = ImageStore.upload(pixels, builder.buckets, mesh)
     sampling = Sampling(6, group=2)
     out = here.sample(params, requests, images, sampling, [5, 6, 7])
     queued = here.sample(params, requests, images, sampling, [5, 6, 7], Schedule(slots=2))

@@ -8,12 +8,14 @@ import pytest
 from PIL import Image
 
 from p2r_jax.parallel.mesh import make_mesh
+from p2r_jax.qwen3_vl.inputs import pixel_values
 from p2r_jax.qwen3_vl.processor import Processor
-from p2r_jax.roles import render, requests
+from p2r_jax.roles import image_store, render
 from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.evidence import View
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.prompts import load_prompt_set
-from p2r_jax.roles.requests import Buckets, ImageStore, RequestBuilder, fit
+from p2r_jax.roles.requests import Buckets, RequestBuilder, fit
 
 BUCKETS = Buckets(patches=(80, 320), prompt_tokens=(40, 128), canvas=(96, 448), image=(64, 256))
 BOXES = [Box((100, 200, 300, 400), "a"), Box((600, 50, 980, 400), "b"), Box((0, 0, 90, 990), "c")]
@@ -60,7 +62,7 @@ def test_images_are_padded_to_one_bucket_and_keep_their_sizes():
 
 
 def test_too_large_an_image_names_the_setting():
-    with pytest.raises(ValueError, match=r"300 exceeds .* buckets\.image"):
+    with pytest.raises(ValueError, match=r"300 pixels exceeds .* buckets\.image"):
         ImageStore.upload([picture(300, 20)], BUCKETS)
 
 
@@ -113,7 +115,8 @@ def test_device_patches_equal_pillow_and_the_reference_processor(builder, size):
     plain = builder.plain("perceiver", store, 1, "red?", "mca")
     zoomed = builder.reasoner(store, 1, "red?", "mca", [*BOXES, FOURTH])
     prompts = builder.collate([plain, zoomed], store)
-    pixels, image_id = np.asarray(prompts.patches.pixels), np.asarray(prompts.patches.image_id)
+    pixels = np.asarray(pixel_values(prompts.patches, builder.processor.config.vision))
+    image_id = np.asarray(prompts.patches.image_id)
     for row, request in enumerate((plain, zoomed)):
         for i, view in enumerate(request.views):
             expected = host_patches(image, view, bool(view.outlines), builder.processor)
@@ -178,7 +181,7 @@ def test_a_bucket_is_compiled_once_whatever_images_and_boxes_are(processor):
             rows.append(builder.reasoner(store, i, "red?", "mca", boxes))
         builder.collate(rows, store)
 
-    before = requests._render._cache_size()
+    before = image_store.render_prompts._cache_size()
     for _ in range(20):
         collate()
-    assert requests._render._cache_size() == before + 1
+    assert image_store.render_prompts._cache_size() == before + 1

@@ -11,8 +11,9 @@ from p2r_jax.data.visual_search import COLOURS, VisualSearch
 from p2r_jax.qwen3_vl.positions import patch_coordinates
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.boxes import Box, iou, parse_boxes, parse_response
+from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.prompts import load_prompt_set
-from p2r_jax.roles.requests import ImageStore, RequestBuilder
+from p2r_jax.roles.requests import RequestBuilder
 from p2r_jax.sft.dense import WINDOWS_PER_SCENE, render_windows
 from p2r_jax.sft.examples import ExampleMaker, box_text, pack, snapped_box
 from p2r_jax.sft.tiny import COORDINATE_STEP
