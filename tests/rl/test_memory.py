@@ -150,8 +150,9 @@ def test_controls_and_settings_that_cost_memory(trainer, scan, monkeypatch):
     assert "prefix cache of the baseline" in names("rollout", role="baseline")
     assert "prefix cache" in names("rollout", role="joint")
     assert "summed" not in names("update")
-    assert "gradient, summed over 2 microbatches, float32" in names("update", microbatch=2)
-    assert "summed" not in names("update", microbatch=2, minibatches=2)
+    # Microbatches of two would leave two of the four devices without a prompt.
+    assert "summed over 2 microbatches" in names("update", prompts=8, microbatch=2)
+    assert "summed" not in names("update", prompts=8, microbatch=2, minibatches=2)
     assert "weights as computed with, bfloat16" in names("update")
     assert "weights of the start" not in names("always")
     loss = dataclasses.replace(trainer.config.loss, reference="start")
