@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from pathlib import Path
 
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -29,6 +30,10 @@ _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+
+
+H100 = Path(__file__).parents[1] / "assets" / "h100_target.txtpb"
+"""XLA's description of the GPU, for `gpu_mesh`."""
 
 
 def tpu_mesh(name: str, data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1) -> Mesh:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 from jax.sharding import Mesh
 
 from p2r_jax.config import MeshConfig
 from p2r_jax.ops.kernels import Implementation
-from p2r_jax.parallel.topology import gpu_mesh, tpu_mesh
+from p2r_jax.parallel.topology import H100, gpu_mesh, tpu_mesh
 
 GIB = 2**30
 
@@ -95,5 +94,4 @@ class Slice:
             return tpu_mesh(f"{self.chip.name}:{self.topology}", *sizes, slices=self.slices)
         count = int(self.topology)
         nodes, each = max(1, count // 8), min(count, 8)
-        target = (Path(__file__).parents[1] / "assets" / "h100_target.txtpb").read_text()
-        return gpu_mesh(target, *sizes, topology=f"1x{nodes}x{each}")
+        return gpu_mesh(H100.read_text(), *sizes, topology=f"1x{nodes}x{each}")

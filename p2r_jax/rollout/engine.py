@@ -406,5 +406,7 @@ def resize(state: Columns, *, ring: int, mesh: Mesh | None) -> Columns:
     # Place j holds what was written `back` steps ago, in either ring.
     back = (state.clock - 1 - jnp.arange(ring)) % ring
     source = (state.clock - 1 - jnp.minimum(back, old - 1)) % old
-    keys, values = (jnp.take(x, source, axis=4) for x in (state.keys, state.values))
+    # Layer by layer: all at once would take the new caches' memory twice over for a while.
+    one = lambda own: jnp.take(own, source, axis=3)
+    keys, values = (jax.lax.map(one, x) for x in (state.keys, state.values))
     return _split(dataclasses.replace(state, keys=keys, values=values), mesh)

@@ -6,7 +6,6 @@ Interpreted, one program renders all cases: they are views of the same images.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from p2r_jax.ops import image as ops
 from p2r_jax.ops import image_kernel
 from p2r_jax.ops.image_kernel import TILE, render_listed, to_kernel_layout
-from p2r_jax.parallel.topology import gpu_mesh, tpu_mesh
+from p2r_jax.parallel.topology import H100, gpu_mesh, tpu_mesh
 from tests.ops.test_image import (
     PILLOW_TURNS,
     assert_same_picture,
@@ -344,7 +343,7 @@ class TestOtherMachines:
         assert text.count(" multiply(") == 2
 
     def test_the_xla_version_compiles_for_an_h100_and_makes_no_copy_of_the_image(self):
-        target = Path(__file__).parent / "h100_target.txtpb"
+        target = H100
         try:
             sharding = NamedSharding(gpu_mesh(target.read_text()), PartitionSpec())
         except ModuleNotFoundError as error:

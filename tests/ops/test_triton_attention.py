@@ -7,7 +7,6 @@ compiler for H100 runs on any machine that has JAX's CUDA plugin.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from p2r_jax.ops import attention, triton_attention
 from p2r_jax.ops.triton_attention import BY_KEYS, BY_QUERIES, Blocks, Rule, key_runs, query_runs
-from p2r_jax.parallel.topology import gpu_mesh
+from p2r_jax.parallel.topology import H100, gpu_mesh
 
 NAMES = ["causal_attention", "segment_attention", "shared_prefix_attention"]
 TRITON_CALL = "__gpu$xla.gpu.triton"
@@ -236,7 +235,7 @@ class TestVisitedBlocks:
 @pytest.fixture(scope="module")
 def h100():
     """Sharding over one H100 that is not there."""
-    text = (Path(__file__).parent / "h100_target.txtpb").read_text()
+    text = H100.read_text()
     try:
         return NamedSharding(gpu_mesh(text), PartitionSpec())
     except ModuleNotFoundError as error:
@@ -291,7 +290,7 @@ class TestH100:
 class TestGpuMesh:
     def test_axes_are_those_of_every_mesh(self, h100):
         assert h100.mesh.axis_names == ("data", "fsdp", "tensor")
-        text = (Path(__file__).parent / "h100_target.txtpb").read_text()
+        text = H100.read_text()
         mesh = gpu_mesh(text, fsdp=-1, tensor=2, topology="1x1x8")
         assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
 
