@@ -21,8 +21,7 @@
 #                   worker was lost, lost in silence (abort), killed, terminated while starting.
 #   BACKOFF         seconds before the first restart, doubled up to 60; default 5. (Below the 300
 #                   that a starting worker waits for the others.)
-#   DATA_FROM, DATA_TO   folder to copy before the start, e.g. prepared data, which are read from
-#                   local disk only.
+#   DATA_FROM, DATA_TO   folder to copy before the start, e.g. prepared data onto a fast local disk.
 #   EXPORT          folder to write Hugging Face weights to after success; worker 0 does it.
 #   LOG_DIR         local folder of worker-N.log and worker-N.exit (running, stopped, or the exit
 #                   code); default: logs of RUN, or of /tmp/p2r for a run in a bucket.
@@ -105,6 +104,12 @@ run() { # a program whose output goes to the log, and from there to our own outp
   while kill -0 "$printer" 2>/dev/null; do sleep 0.1; done
 }
 
+exported() { # whether EXPORT is whole: its config.json is written last
+  python -c 'import sys
+from p2r_jax.paths import as_path
+sys.exit(not (as_path(sys.argv[1]) / "config.json").is_file())' "$EXPORT" 2>/dev/null
+}
+
 pause() { # sleep that a signal ends
   local code # what wait_for sets is not the run's
   sleep "$1" &
@@ -166,8 +171,12 @@ if ((stop && code != 0)); then
   echo stopped >"$state"
 else
   if ((code == 0 && worker == 0)) && [[ -n ${EXPORT:-} ]]; then
-    run p2r convert to-hf "$RUN" "$EXPORT"
-    say "export to $EXPORT ended with exit code $code"
+    if exported; then
+      say "$EXPORT is there already"
+    else
+      run p2r convert to-hf "$RUN" "$EXPORT"
+      say "export to $EXPORT ended with exit code $code"
+    fi
   fi
   echo "$code" >"$state"
 fi

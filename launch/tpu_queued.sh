@@ -135,18 +135,20 @@ wait_active() {
   done
 }
 
+commit() { git -C "$root" rev-parse --short=12 HEAD; } # which the workers are to run
+
 setup() {
   need_bucket
   local code archive
   git -C "$root" diff --quiet HEAD || echo "note: what is not committed stays here"
-  code=$BUCKET/code/p2r-$(git -C "$root" rev-parse --short=12 HEAD).tar.gz
+  code=$BUCKET/code/p2r-$(commit).tar.gz
   archive=$(mktemp --suffix=.tar.gz)
   # Step by step by hand: bash forgets `set -e` in a function whose failure the caller handles.
   if ! git -C "$root" archive --format=tar.gz --output="$archive" HEAD ||
     ! gcloud storage cp --quiet "$archive" "$code" ||
     ! on_workers all "set -eo pipefail; mkdir -p ~/p2r
       PATH=\$PATH:/snap/bin gcloud storage cat $(printf %q "$code") | tar -xz -C ~/p2r
-      ~/p2r/launch/install.sh tpu; touch ~/p2r/.ready"; then
+      ~/p2r/launch/install.sh tpu; echo $(commit) >~/p2r/.ready"; then
     rm -f "$archive"
     echo "setup failed" >&2
     return 1
@@ -218,7 +220,7 @@ watch() { # create, setup and run, again after every preemption, until training 
     esac
     # All of it does nothing where it was done. A slice that was just lost cannot be reached: the
     # next look finds that out. Workers that rebooted start again.
-    if on_workers all 'test -e ~/p2r/.ready' || setup; then
+    if on_workers all "grep -qx $(commit) ~/p2r/.ready" || setup; then
       if start "$again" "$@"; then again=0; fi
     fi
     sleep "$poll"

@@ -156,15 +156,25 @@ class Unreadable:
                     file.write(json.dumps(line) + "\n")
 
 
-def _image(row: Row) -> np.ndarray:
-    """Of a disk that fails now and then: on one process alone, it would train on other rows."""
+def _insisting(what: str, read: Callable[[], Any]) -> Any:
+    """For a disk or a bucket that fails now and then; one process alone would end."""
     for wait in (1.0, 4.0):
         try:
-            return row.load_image()
-        except OSError as error:
-            logger.warning("row %r: %s; trying again in %.0f s", row.id, error, wait)
+            return read()
+        except RowError:
+            raise
+        except Exception as error:
+            logger.warning("%s: %s; trying again in %.0f s", what, error, wait)
             time.sleep(wait)
-    return row.load_image()
+    return read()
+
+
+def _image(row: Row) -> np.ndarray:
+    return _insisting(f"row {row.id!r}", row.load_image)
+
+
+def _row(source: Sequence[Row] | Any, index: int) -> Row:
+    return _insisting(f"row number {index}", lambda: source[index])
 
 
 @dataclasses.dataclass
@@ -186,6 +196,17 @@ class _Read:
         }
 
 
+@dataclasses.dataclass
+class _Batch:
+    """What a thread has read ahead."""
+
+    indices: list[int]
+    rows: list[Row]
+    """[] if they could not be read; then one of `reads` has the error."""
+    reads: list[_Read | None]
+    """None for images of other processes."""
+
+
 def _read(
     source: Sequence[Row] | Any, index: int, limit: float, passed: Sequence[RowError] = ()
 ) -> _Read:
@@ -201,7 +222,7 @@ def _read(
             if len({error.row_id for error in found.passed}) > limit:
                 break
             try:
-                found.pixels = _image(source[(index + len(found.passed)) % len(source)])
+                found.pixels = _image(_row(source, (index + len(found.passed)) % len(source)))
                 break
             except RowError as error:
                 found.passed.append(error)
@@ -280,11 +301,21 @@ def training_batches(
         raise ValueError(f"the data has {len(source)} rows, fewer than a batch of {batch}")
     shards = own.shards_of(batch)
 
-    def read(indices: Sequence[int]) -> tuple[list[int], list[_Read | None]]:
-        return [int(index) for index in indices], [
-            _read(source, int(index), bad.limit) if own.has(shard) else None
-            for index, shard in zip(indices, shards, strict=True)
+    def read(indices: Sequence[int]) -> _Batch:
+        numbers = [int(index) for index in indices]
+        reads = [
+            _read(source, index, bad.limit) if own.has(shard) else None
+            for index, shard in zip(numbers, shards, strict=True)
         ]
+        rows: list[Row] = []
+        try:  # All rows, so that nothing is left to fail once the processes have agreed.
+            rows = [_row(source, index) for index in numbers]
+        except Exception as error:
+            mine = next((one for one in reads if one is not None), None)
+            if mine is None:
+                raise
+            mine.error = mine.error or error
+        return _Batch(numbers, rows, reads)
 
     dataset = (
         grain.MapDataset.source(range(len(source)))
@@ -300,27 +331,29 @@ def training_batches(
     iterator.set_state({"next_index": start})
 
     def batches() -> Iterator[list[LoadedRow]]:
-        for indices, reads in iterator:
-            yield _training_rows(source, indices, reads, shards, bad)
+        for found in iterator:
+            yield _training_rows(source, found, shards, bad)
 
     return batches()
 
 
 def _training_rows(
     source: Sequence[Row] | Any,
-    indices: list[int],
-    reads: list[_Read | None],
+    batch: _Batch,
     shards: list[int],
     bad: Unreadable,
 ) -> list[LoadedRow]:
+    indices, reads = batch.indices, batch.reads
     agreed = _agree(reads, lambda i, passed: _read(source, indices[i], bad.limit, passed))
     rows = []
-    for index, read, shard, found in zip(indices, reads, shards, agreed, strict=True):
+    parts = zip(indices, batch.rows, reads, shards, agreed, strict=True)
+    for index, row, read, shard, found in parts:
         for error in found["passed"]:
             bad.add(RowError(*error))
         if found["size"] is None:
             raise ValueError("no row of the data has an image that can be read")
-        row = source[(index + len(found["passed"])) % len(source)]
+        if found["passed"]:
+            row = _row(source, (index + len(found["passed"])) % len(source))
         rows.append(LoadedRow(row, read.pixels if read else None, tuple(found["size"]), shard))
     return rows
 
@@ -351,7 +384,9 @@ def evaluation_batches(
     bad, own, cache = unreadable or Unreadable(), share or Share(), cache or ImageCache()
     stop = min(offset + limit, len(source))
     for begin in range(offset, stop, batch):
-        rows = [row for i in range(begin, min(begin + batch, stop)) if wanted(row := source[i])]
+        rows = [
+            row for i in range(begin, min(begin + batch, stop)) if wanted(row := _row(source, i))
+        ]
         if rows and (loaded := _evaluation_rows(rows, bad, own, cache)):
             yield loaded
 

@@ -111,6 +111,7 @@ class PreparedSource:
             category=found["category"],
             image_source=functools.partial(read_image, self.folder, index),
             meta=meta,
+            image_hash=found["image_hash"],
         )
 
 

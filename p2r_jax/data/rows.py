@@ -14,7 +14,6 @@ import hashlib
 import io
 import math
 import os
-import re
 import string
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -63,6 +62,7 @@ class Row:
       category: group under which an evaluation reports the row.
       image_source: where the pixels are: a path, encoded bytes, a uint8 array [H, W, 3], a PIL
         image, or a function that returns one of these (called at each `load_image`).
+      image_hash: SHA-256 of the encoded image in hex, of a source that knows it; None = unknown.
       meta: anything else a source wants to pass on; not read by the core.
 
     Raises:
@@ -78,6 +78,7 @@ class Row:
     category: str = ""
     image_source: ImageSource = dataclasses.field(default=b"", repr=False, compare=False)
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    image_hash: str | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -117,12 +118,13 @@ class Row:
     def image_key(self) -> str | None:
         """Equal for rows that show the same image, as HR-Bench's rotations do; nothing is decoded.
 
-        SHA-256 of the encoded bytes, in hex: `meta["image_hash"]` of a prepared dataset, else of
-        bytes that are in memory; the path of a file; None where only reading would tell.
+        SHA-256 of the encoded bytes, in hex: `image_hash`, else of bytes that are in memory; the
+        path of a file; None where only reading would tell. Not what `meta` says: a column of that
+        name in somebody's file may be of the whole photograph that rows show parts of.
         """
-        known, source = self.meta.get("image_hash"), self.image_source
-        if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known):
-            return known
+        source = self.image_source
+        if self.image_hash:
+            return self.image_hash
         if isinstance(source, (bytes, bytearray)):
             return hashlib.sha256(source).hexdigest()
         return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None

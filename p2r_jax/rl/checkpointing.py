@@ -163,12 +163,15 @@ class Checkpoints:
         return None
 
     def _read_insisting(self, step: int, like: TrainState, snapshot: Any) -> Any:
-        """A disk that fails now and then must not cost a whole checkpoint."""
-        for wait in (1.0, 4.0):
+        """A disk that fails now and then must not cost a whole checkpoint; nor a bucket, whose
+        libraries say so in other ways."""
+        remote = is_remote(self.folder)
+        final = (FileNotFoundError, _OtherContents, _OtherData, jax.errors.JaxRuntimeError)
+        for wait in (2.0, 10.0, 30.0) if remote else (1.0, 4.0):
             try:
                 return self._read(step, like, snapshot)
-            except OSError as error:
-                if isinstance(error, FileNotFoundError):
+            except Exception as error:
+                if isinstance(error, final) or not (remote or isinstance(error, OSError)):
                     raise
                 self.notify(f"reading the checkpoint of step {step} failed, again: {error}")
                 time.sleep(wait)

@@ -42,7 +42,7 @@ from p2r_jax.rl.dry_run_tables import (
 )
 from p2r_jax.rl.experience import Clock
 from p2r_jax.rl.launch import build_trainer, check_same_config, require_writable
-from p2r_jax.rl.memory import device_bytes, memory_of
+from p2r_jax.rl.memory import device_bytes, images_of_a_device, memory_of
 from p2r_jax.rl.prompt_scan import scan_splits
 from p2r_jax.rl.rewards import Verifier, has_answer_tag
 from p2r_jax.rl.run_log import RunLog
@@ -111,9 +111,8 @@ def dry_run(
         if scan.problem:
             _warn(console, scan.problem)
     names = [f"row {row.id!r}" for row in scans[0].rows]
-    shards = batch_shards(trainer.mesh) if trainer.mesh is not None else 1
     for phase in phases:
-        each = -(-phase.config.prompts // shards)
+        each = images_of_a_device(trainer, phase)
         checked_buckets(scans[0].images.shapes, each, names, builder.buckets)
         memory, limit = memory_of(trainer, phase, scans[0]), device_bytes()
         console.print(memory_table(phase, memory))

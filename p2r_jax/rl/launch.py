@@ -42,6 +42,9 @@ FREE_PARTS = {
     # Paths differ between machines; checkpoints know what weights and rows they are of.
     "model": ("kernels", "path"),
     "data": ("train", "validation"),
+    # Of memory alone; runs of earlier versions do not name them.
+    "buckets": ("image_gib",),
+    "eval": ("image_cache_gib",),
     "verifier": ("base_url", "api_key_variable", "timeout_seconds", "attempts", "concurrency"),
 }
 

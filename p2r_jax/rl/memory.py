@@ -67,10 +67,7 @@ def memory_of(trainer: Trainer, phase: Phase, scan: Scan) -> Memory:
         update["weights of the verifier, kept"] = decoding
 
     # Images stay through the step, and so do the patches of the prompts that are trained on.
-    # Those chosen from several batches stay with their processes: at worst these have more of them.
-    batches, each = 1 + own.dynamic_sampling, -(-own.prompts // sizes.shards)
-    if len(set(share_of(trainer.mesh).owners)) > 1:
-        each = min(each * batches, own.prompts)
+    batches, each = 1 + own.dynamic_sampling, images_of_a_device(trainer, phase)
     shape = " × ".join(map(str, (each, *sizes.image(), 3)))
     patches = sum(sizes.patch_bytes(role.role, own.prompts) for role in phase.learning)
     pictures = {
@@ -80,6 +77,18 @@ def memory_of(trainer: Trainer, phase: Phase, scan: Scan) -> Memory:
     if sizes.shards > 1:
         rollout["patches on their way from device to device"] = sizes.exchange_bytes()
     return Memory(always, rollout | pictures, update | pictures)
+
+
+def images_of_a_device(trainer: Trainer, phase: Phase) -> int:
+    """Source images that one device holds in a step, at most.
+
+    Those chosen from several batches stay with their processes: at worst these have more of them.
+    """
+    own, share = phase.config, share_of(trainer.mesh)
+    each = -(-own.prompts // share.shards)
+    if len(set(share.owners)) > 1:
+        each = min(each * (1 + own.dynamic_sampling), own.prompts)
+    return each
 
 
 def tree_bytes(tree: Any, dtype: Any = None, layout: Any = None) -> int:

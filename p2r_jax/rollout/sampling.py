@@ -124,6 +124,7 @@ def _noise(logits: Array, seed: Array, index: Array, age: Array) -> Array:
 def first_of_largest(x: Float[Array, "*T V"]) -> Int[Array, "*T"]:
     """`argmax` as two passes that every compiler vectorises: XLA on a CPU does not vectorise its
     own, and it took as long as a third of the layers. NaN anywhere gives V - 1, not its place."""
+    x = jax.lax.optimization_barrier(x)  # Both passes must see the same bits.
     places = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     size = x.shape[-1]
     found = jnp.where(x == x.max(-1, keepdims=True), places, size - 1)

@@ -223,7 +223,7 @@ class Rotations(Source):
 
     def __getitem__(self, index):
         row = super().__getitem__(index // 4)
-        return dataclasses.replace(row, id=str(index), meta={"image_hash": f"{index // 4:064x}"})
+        return dataclasses.replace(row, id=str(index), image_hash=f"{index // 4:064x}")
 
 
 @pytest.mark.parametrize("batch", [4, 3, 1, 20])
@@ -263,17 +263,54 @@ def test_an_image_that_shared_rows_cannot_read_is_bad_for_each():
     assert "row '5'" in bad.problems["5"]
 
 
+class TestSourcesThatFailNowAndThen:
+    """Rows of a file in a bucket are requests, and any of them may fail."""
+
+    class Flaky(Source):
+        def __init__(self, failures: int):
+            super().__init__()
+            self.failures = failures
+
+        def __getitem__(self, index):
+            if index == 3 and self.failures:
+                self.failures -= 1
+                raise RuntimeError("503 Service Unavailable")
+            return super().__getitem__(index)
+
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch):
+        monkeypatch.setattr(loader.time, "sleep", lambda seconds: None)
+
+    def test_are_asked_again(self):
+        rows = next(training_batches(self.Flaky(2), ROWS, seed=0))
+        assert len(rows) == ROWS
+        (batch,) = evaluation_batches(self.Flaky(2), ROWS, ROWS)
+        assert [row.row.id for row in batch] == [str(i) for i in range(ROWS)]
+
+    def test_for_good_is_an_error_that_all_processes_hear_of(self, monkeypatch):
+        told, exchange = [], loader._exchange
+
+        def listen(value):
+            told.append(value)
+            return exchange(value)
+
+        monkeypatch.setattr(loader, "_exchange", listen)
+        with pytest.raises(RuntimeError, match="503"):
+            next(training_batches(self.Flaky(10**6), ROWS, seed=0))
+        assert any("503" in (one["error"] or "") for one in told[0])
+
+
 class TestImageKey:
     def test_bytes_and_prepared_rows_go_by_content(self):
         row = Row("1", "q", "x", "free_form", image_source=b"abc")
         other = dataclasses.replace(row, id="2", image_source=b"abd")
         assert row.image_key == dataclasses.replace(row, id="3").image_key != other.image_key
-        told = dataclasses.replace(other, meta={"image_hash": row.image_key})
+        told = dataclasses.replace(other, image_hash=row.image_key)
         assert shared_images([row, other, told]) == [0, 1, 0]
 
-    @pytest.mark.parametrize("name", ["8f373e7ac1d0b2a4", 7, None])
-    def test_other_hashes_prove_nothing(self, name):
-        """Perceptual ones, for instance, are equal for images that merely look alike."""
+    @pytest.mark.parametrize("name", ["8f373e7ac1d0b2a4", "ab" * 32, 7, None])
+    def test_a_column_of_that_name_proves_nothing(self, name):
+        """It may be a perceptual hash, or that of the photograph that rows show parts of."""
         row = Row("1", "q", "x", "free_form", image_source=lambda: b"", meta={"image_hash": name})
         assert row.image_key is None
         assert shared_images([row, row]) == [0, 1]

@@ -163,6 +163,19 @@ def test_worker_0_exports_and_finishes_and_all_copy_their_logs(tmp_path):
     assert (tmp_path / "b" / "worker-0.exit").read_text() == "0\n"
 
 
+def test_what_was_exported_is_not_exported_again(tmp_path):
+    """A worker that was preempted between the export and its end starts once more."""
+    done, half = tmp_path / "done", tmp_path / "half"
+    done.mkdir()
+    half.mkdir()
+    (done / "config.json").write_text("{}")
+    p2r = StandIn(tmp_path)
+    assert p2r.run(0, EXPORT=done).returncode == 0
+    assert len(p2r.calls) == 1
+    assert p2r.run(0, 0, EXPORT=half).returncode == 0
+    assert p2r.calls[2] == f"convert to-hf {tmp_path}/run {half}"
+
+
 def test_a_failed_export_shows_in_the_exit_code(tmp_path):
     p2r = StandIn(tmp_path)
     assert p2r.run(0, 2, EXPORT="hf").returncode == 2

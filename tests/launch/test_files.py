@@ -174,9 +174,21 @@ def test_skypilot_schema():
 
 
 @pytest.mark.parametrize(
-    "code, restarts, requeued", [(75, 0, True), (75, 50, False), (0, 0, False), (2, 0, False)]
+    "code, restarts, states, requeued",
+    [
+        (75, 0, ("75", "75"), True),
+        (75, 0, ("stopped", "137"), True),
+        (75, 50, ("75", "75"), False),
+        (75, 0, ("75", "2"), False),  # a bad setting on one worker, a lost process on the other
+        (0, 0, ("0", "0"), False),
+        (2, 0, ("2",), False),
+    ],
 )
-def test_slurm_queues_again_what_was_saved(tmp_path, code, restarts, requeued):
+def test_slurm_queues_again_what_was_saved(tmp_path, code, restarts, states, requeued):
+    logs = tmp_path / "run" / "logs"
+    logs.mkdir(parents=True)
+    for worker, state in enumerate(states):
+        (logs / f"worker-{worker}.exit").write_text(f"{state}\n")
     for name, body in {
         "srun": f'echo "$JAX_LOCAL_DEVICE_IDS $*" >{tmp_path}/started; exit {code}',
         "scontrol": f'echo "$*" >{tmp_path}/requeued',
@@ -185,7 +197,7 @@ def test_slurm_queues_again_what_was_saved(tmp_path, code, restarts, requeued):
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "RUN": "runs/a",
+        "RUN": str(tmp_path / "run"),
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_ID": "7",
         "SLURM_RESTART_COUNT": str(restarts),

@@ -108,3 +108,25 @@ def test_rows_that_the_mesh_cannot_split_are_computed_everywhere(reference):
     q, k, v, valid = (x[:1] for x in CALLS["causal"])
     out = jax.jit(kernels.causal)(q, k, v, valid)
     np.testing.assert_allclose(out, reference["causal"][:1], atol=2e-5)
+
+
+class TestKeptActivations:
+    """What a backward pass keeps of each layer."""
+
+    @staticmethod
+    def spec(shape, tensor=2):
+        kernels = Kernels("xla", make_mesh(1, 8 // tensor, tensor))
+        return jax.jit(kernels.split_kept)(jnp.ones(shape)).sharding.spec
+
+    def test_is_split_over_tensor_by_tokens(self):
+        assert self.spec((4, 6, 8))[:2] == (("data", "fsdp"), "tensor")
+
+    def test_stays_whole_where_tokens_do_not_divide(self):
+        assert "tensor" not in self.spec((4, 7, 8))
+
+    def test_rows_that_do_not_divide_are_everywhere(self):
+        assert self.spec((3, 6, 8))[:2] == (None, "tensor")
+
+    def test_without_a_mesh_nothing_is_said(self):
+        x = jnp.ones((1, 2, 3))
+        assert Kernels().split_kept(x) is x

@@ -248,6 +248,7 @@ class TestResumingWithOtherSettings:
         config.model.kernels, config.mesh.fsdp = "xla", 8
         config.distributed.heartbeat_seconds = 10
         config.verifier.base_url, config.verifier.concurrency = "http://other/v1", 2
+        config.buckets.image_gib, config.eval.image_cache_gib = 8.0, 0.5
         launch.check_same_config(config, Path(config.run))
         config.verifier.kind = "model"
         with pytest.raises(ValueError, match=r"\(verifier\)"):

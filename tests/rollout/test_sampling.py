@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process
 
 from p2r_jax.ops.attention import MASKED
-from p2r_jax.rollout.sampling import Sampling, draw, penalize, truncate
+from p2r_jax.rollout.sampling import Sampling, draw, first_of_largest, penalize, truncate
 from tests.small_model import BANNED, VOCABULARY, vocabulary
 
 V = 50
@@ -142,3 +142,26 @@ class TestDraws:
 def test_impossible_settings_are_refused_by_name(name, value, wanted):
     with pytest.raises(ValueError, match=rf"{name} must be {wanted}.*got {value}"):
         Sampling(**{"max_new_tokens": 4} | {name: value})
+
+
+class TestFirstOfLargest:
+    def test_ties_go_to_the_first(self):
+        x = jnp.array([[0.0, 2.0, 2.0, 1.0], [-jnp.inf, -jnp.inf, -3.0, -3.0]])
+        assert first_of_largest(x).tolist() == [1, 2]
+
+    def test_nothing_but_masked_values_gives_a_place(self):
+        assert first_of_largest(jnp.full((1, 5), -jnp.inf)).tolist() == [0]
+        assert first_of_largest(jnp.array([[0.0, jnp.nan, 1.0]])).tolist() == [2]
+
+    def test_with_noise_it_is_a_categorical_draw(self):
+        """Compiled as one with what comes before: the very tokens that JAX would draw."""
+        logits = jnp.asarray(np.random.default_rng(0).normal(size=(64, 1000)) * 3, jnp.float32)
+        keys = jax.random.split(jax.random.key(1), 64)
+
+        @jax.jit
+        def ours(logits):
+            noise = jax.vmap(lambda key: jax.random.gumbel(key, (1000,)))(keys)
+            return first_of_largest(logits / 0.7 + noise)
+
+        theirs = jax.jit(lambda x: jax.vmap(jax.random.categorical)(keys, x / 0.7))(logits)
+        np.testing.assert_array_equal(ours(logits), theirs)
