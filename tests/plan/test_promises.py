@@ -24,7 +24,7 @@ from tests.benchmarks.plan_matrix import recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = ("weights for decoding", "start, ", "decode, ", "grow, ")
-RECIPES = ("p2r_2b", "p2r_4b")
+RECIPES = ("p2r_4b",)
 V5E = Slice.parse("v5e-16")
 
 
