@@ -167,7 +167,7 @@ class Checkpoints:
         libraries say so in other ways."""
         remote = is_remote(self.folder)
         final = (FileNotFoundError, _OtherContents, _OtherData, jax.errors.JaxRuntimeError)
-        for wait in (2.0, 10.0, 30.0) if remote else (1.0, 4.0):
+        for wait in (1.0, 4.0):
             try:
                 return self._read(step, like, snapshot)
             except Exception as error:

@@ -475,8 +475,10 @@ def rotations():
 
     def row(i):
         about = SOURCE[i // 2]
-        meta = {"image_hash": f"{i // 2:064x}"}
-        return dataclasses.replace(SOURCE[i], image_source=about.image_source, meta=meta)
+        known = f"{i // 2:064x}"
+        return dataclasses.replace(
+            SOURCE[i], image_source=about.image_source, image_hash=known, meta={"image_hash": known}
+        )
 
     return [row(i) for i in range(4)]
 
