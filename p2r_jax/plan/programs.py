@@ -56,15 +56,19 @@ class Program:
     """That the decode kernel reads on a chip in one layer."""
 
 
-def programs(shapes: Shapes) -> Iterator[Program]:
-    """All of them; phases one after another. Equal programs of two phases have equal names."""
-    config = shapes.config
-    seen = set()
-    for phase in config.phases:
+def programs(shapes: Shapes) -> list[Program]:
+    """All of them, phases one after another. What two phases share is there once: its runs add up,
+    and beside it lies what lies beside it in the phase that needs more."""
+    found: dict[str, Program] = {}
+    for phase in shapes.config.phases:
         for program in _of_phase(shapes, phase):
-            if program.name not in seen:
-                seen.add(program.name)
-                yield program
+            name, times = program.name, program.times
+            if name in found:
+                times += found[name].times
+                if sum(found[name].beside.values()) > sum(program.beside.values()):
+                    program = found[name]
+            found[name] = dataclasses.replace(program, times=times)
+    return list(found.values())
 
 
 def held(shapes: Shapes) -> dict[str, int]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from p2r_jax.config import ModelConfig, OptimizerConfig
+from p2r_jax.config import ModelConfig, OptimizerConfig, RolloutConfig
 from p2r_jax.ops.splash import Rule, executed_scores
 from p2r_jax.parallel.flops import matmul_flops
 from p2r_jax.parallel.mesh import make_mesh
@@ -108,6 +108,33 @@ class TestMemory:
             "source images",
             "patches of the reasoner's prompts",
         }
+
+
+class TestTwoPhases:
+    def test_what_they_share_is_there_once_with_the_larger_needs_beside(self):
+        """The frozen reasoner's prefill and the learning one's are one program; the latter's caches
+        are larger."""
+        rollout = RolloutConfig(slots=4, greedy_slots=4)
+        one = small_run(rollout=rollout)
+        first = dataclasses.replace(one.phases[0], role="perceiver")
+        both = small_run(phases=[first, one.phases[0]], rollout=rollout)
+        mesh = make_mesh(1, 2, 2, jax.devices()[:4])
+
+        def prefill(config):
+            (found,) = (
+                program
+                for program in programs(Shapes(config, small_model(), mesh, "xla"))
+                if program.name.startswith("prefill, reasoner")
+            )
+            return found, sum(found.beside.values())
+
+        (alone, small), (_, large) = (
+            prefill(small_run(phases=[first], rollout=rollout)),
+            prefill(one),
+        )
+        shared, most = prefill(both)
+        assert small < large == most
+        assert shared.times == alone.times + prefill(one)[0].times
 
 
 class TestFlops:
