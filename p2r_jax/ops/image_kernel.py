@@ -27,14 +27,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int32, UInt8
 
 from p2r_jax.ops.image import (
-    OUTLINE_COLORS,
     Views,
     check_extents,
     cubic_weights,
-    outline_parts,
     source_span,
     weighted_byte,
 )
+from p2r_jax.ops.outlines import OUTLINE_COLORS, outline_parts
 
 TILE = 128
 """Sides of source tiles and canvas blocks: lanes of a register, and width of a matrix unit."""

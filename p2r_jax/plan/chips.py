@@ -26,7 +26,8 @@ class Chip:
     hbm_bytes: float
     """Memory bandwidth, bytes a second."""
     link_bytes: float
-    """To other chips of the slice or node, all links together, bytes a second."""
+    """To other chips of the slice or node, all links together, bytes a second. The network between
+    slices or nodes is slower, and not in the roofline."""
     usable: int
     """Bytes of memory that a program may take."""
     kernels: Implementation
@@ -52,12 +53,12 @@ class Slice:
 
     chip: Chip
     topology: str
-    """"4x4" of TPUs; of GPUs how many, in nodes of eight."""
+    """4x4, for instance, of TPUs; of GPUs how many, in nodes of eight."""
     slices: int = 1
 
     @classmethod
     def parse(cls, name: str, slices: int = 1) -> Slice:
-        """ "v5e:4x4", "v5e-16", "v5p-8" (four chips) or "h100:8". Raises ValueError."""
+        """Of a name: v5e:4x4, v5e-16, v5p-8 (four chips), h100:8. Raises ValueError."""
         found = re.fullmatch(r"([a-z0-9]+)([:-])([\dx]+)", name.lower())
         chip = CHIPS.get(found[1]) if found else None
         if found is None or chip is None:

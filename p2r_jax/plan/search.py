@@ -35,10 +35,9 @@ def remedies(config: TrainConfig, plan: Plan, row: Row) -> Iterator[Change]:
     shards = plan.mesh["data"] * plan.mesh["fsdp"]
     tensor = plan.mesh["tensor"]
     if row.program.stage == "rollout":
-        learners = {phase.role for phase in config.phases}
         sampled = config.rollout.slots or max(phase.prompts for phase in config.phases)
         for divide in (2, 4, 8):
-            if sampled // divide >= shards and learners:
+            if sampled // divide >= shards:
                 yield {"rollout.slots": sampled // divide}
             if config.rollout.greedy_slots // divide >= shards:
                 yield {"rollout.greedy_slots": config.rollout.greedy_slots // divide}
@@ -65,7 +64,7 @@ def suggestions(
     plan: Plan,
     keep: Path | None,
     watch: Watch = lambda name: None,
-    most: int = 4,
+    most: int = 8,
 ) -> list[str]:
     """What became of each remedy for the programs that do not fit, at most `most` for each kind."""
     told = []

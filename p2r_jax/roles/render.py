@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from p2r_jax.ops.image import OUTLINE_COLORS
+from p2r_jax.ops.outlines import OUTLINE_COLORS
 from p2r_jax.roles.boxes import (
     MAX_CROPS,
     Box,

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from p2r_jax.data.visual_search import SHAPES, VisualSearch
 from p2r_jax.data.visual_search_glyphs import glyph_ink
-from p2r_jax.ops.image import OUTLINE_COLORS
+from p2r_jax.ops.outlines import OUTLINE_COLORS
 from p2r_jax.parallel.mesh import batch_sharding, replicated
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 from p2r_jax.qwen3_vl.inputs import Patches, patch_layout

@@ -36,7 +36,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from p2r_jax.ops.image import OUTLINE_COLORS, Views, render_patches
+from p2r_jax.ops.image import Views, render_patches
+from p2r_jax.ops.outlines import OUTLINE_COLORS
 from p2r_jax.qwen3_vl.processor import ImageSizes
 from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.evidence import View, gather_evidence

@@ -28,7 +28,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from p2r_jax.data.loader import LoadedRow, evaluation_batches
 from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.evals.runner import Decoding, Seconds, evaluate
-from p2r_jax.ops.image import OUTLINE_COLORS
+from p2r_jax.ops.outlines import OUTLINE_COLORS
 from p2r_jax.qwen3_vl import load_pretrained
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor

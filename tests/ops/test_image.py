@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from PIL import Image, ImageColor, ImageDraw
 
 from p2r_jax.ops import image as ops
+from p2r_jax.ops import outlines
 from p2r_jax.qwen3_vl.processor import ImageSizes
 
 COLOR_NAMES = ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "magenta")
 # Pillow 13 takes the height pass first on tall crops; every earlier version went width first.
 PILLOW_TURNS = int(importlib.metadata.version("pillow").split(".")[0]) >= 13
 
-draw_outlines = jax.jit(ops.draw_outlines)
+draw_outlines = jax.jit(outlines.draw_outlines)
 crop_resize = jax.jit(ops.crop_resize, static_argnames=("canvas", "pass_order"))
 
 
@@ -73,7 +74,7 @@ def merge_block_order(rows: int, columns: int, merge: int = 2) -> np.ndarray:
 
 
 def test_outline_colors_are_pillows() -> None:
-    assert tuple(ImageColor.getrgb(name) for name in COLOR_NAMES) == ops.OUTLINE_COLORS
+    assert tuple(ImageColor.getrgb(name) for name in COLOR_NAMES) == outlines.OUTLINE_COLORS
 
 
 CANVAS, MOST_BOXES = 40, 10

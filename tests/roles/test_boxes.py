@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ImageColor
 
-from p2r_jax.ops.image import OUTLINE_COLORS
+from p2r_jax.ops.outlines import OUTLINE_COLORS
 from p2r_jax.roles import boxes
 from p2r_jax.roles.boxes import Box, crop_rectangle, iou, outline_rectangle, parse_boxes
 
