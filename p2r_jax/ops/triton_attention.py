@@ -147,6 +147,15 @@ def query_runs(ids: Int[Array, "B S"], rule: Rule, blocks: Blocks) -> Int[Array,
     return jnp.concatenate([run, jnp.zeros_like(run)], axis=-1)
 
 
+def executed_scores(prompt: int, group: int = 0, length: int = 1, causal: bool = True) -> int:
+    """As `splash.executed_scores`, for sequences without padding; blocks of images that do not meet
+    count here, though the kernels leave them out: data say which."""
+    rule = Rule(prompt + group * length, prompt, length, segments=not causal)
+    with jax.ensure_compile_time_eval():
+        runs = key_runs(jnp.ones((1, rule.size), jnp.int32), rule, BY_QUERIES)
+        return int(runs[..., 1::2].sum()) * BY_QUERIES.queries * BY_QUERIES.keys
+
+
 def _meet(ids: Int[Array, "B S"], rule: Rule, blocks: Blocks) -> Bool[Array, "B N M"]:
     """Whether ids let a block of queries read from a block of keys, judged by the ids' ranges.
 

@@ -13,12 +13,15 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from p2r_jax.parallel.groups import between
 
 COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"}
 COLLECTIVES |= {"collective-permute", "collective-broadcast"}
 VIEWS = {"bitcast", "reshape", "convert", "copy", "transpose"}
+_MEGASCALE = r'_xla_megascale_transfer_type="(\w+)"'
 _INSTRUCTION = re.compile(
     r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(?:, (.*))?"
 )
@@ -225,18 +228,30 @@ class Collective:
     loops: tuple[str, ...]
     """The loops around it, outermost first."""
     instruction: Instruction
+    between: bool
+    """Whether it goes over the network between slices or nodes."""
 
 
-def collectives(text: str, loop: str | None = None, trips: int | None = None) -> list[Collective]:
+def collectives(
+    text: str,
+    loop: str | None = None,
+    trips: int | None = None,
+    islands: Sequence[int] | None = None,
+) -> list[Collective]:
     """Every collective of a program, or of one iteration of `loop`; see `Program.executed`.
+
+    islands: of each device, in the order of the mesh, the number of its slice or node.
 
     An asynchronous one counts once, where its result arrives. XLA:TPU also spreads one over
     several fusions (`AsyncCollectiveStart`, steps with the same chain_id, `AsyncCollectiveDone`),
     all of which contain it: it counts in the first. Its reduce-scatter is a fusion named
-    all-reduce-scatter.
+    all-reduce-scatter. Between slices it sends to a host and receives from there (Megascale).
     """
     program, found = parse(text), []
     for i, times, inside in program.executed(loop, trips):
+        if i.opcode == "recv" and (way := re.search(_MEGASCALE, i.attributes)):
+            kind = way[1].lower().replace("_", "-")
+            found.append(Collective(kind, i.outputs[0].bytes, times, inside, i, True))
         scatter = any(name.startswith("all-reduce-scatter") for name in i.called)
         inner = list(program.fused(i))
         started = any("AsyncCollectiveStart" in j.attributes for j in inner)
@@ -245,5 +260,7 @@ def collectives(text: str, loop: str | None = None, trips: int | None = None) ->
             if kind in COLLECTIVES and (started or "chain_id=" not in j.attributes):
                 shape, kind = (i, "reduce-scatter") if scatter else (j, kind)
                 size = sum(b.bytes for b in shape.outputs)
-                found.append(Collective(kind, size, times, inside, j))
+                start = program[j.computation][j.operands[0]] if j.opcode.endswith("-done") else j
+                crosses = islands is not None and between(start.attributes, islands)
+                found.append(Collective(kind, size, times, inside, j, crosses))
     return found

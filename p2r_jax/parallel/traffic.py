@@ -85,7 +85,9 @@ def _traffic(program: Program, i: Instruction, custom_call: Callable | None) -> 
     if opcode in ("fusion", "async") and not done:
         inner = program[i.called[0]]
         several = inner.root.opcode == "tuple"
-        roots = inner.root.operands if several else [inner.root.name] * len(writes)
+        roots = inner.root.operands if several else [inner.root.name]
+        # One that gives several results itself, such as a reduction of pairs, stands for all.
+        roots = [name for name in roots for _ in inner[name].outputs]
         frames = ((inner, i),)
         reads = {n: b and _read(program, frames, inner.parameters[n], b) for n, b in reads.items()}
         writes = {n: b and _written(program, frames, roots[n], b) for n, b in writes.items()}

@@ -1,7 +1,8 @@
 """Accelerators by name: what a chip can do, and meshes of chips to compile for.
 
 Peaks are the manufacturers' (dense bfloat16): cloud.google.com/tpu/docs for v5e, v5p and v6e, the
-H100 SXM data sheet. `usable` is what the compiler leaves to a program.
+H100 SXM data sheet; between nodes of eight H100, eight network adapters of 400 Gb/s. `usable` is
+what the compiler leaves to a program.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ class Chip:
     hbm_bytes: float
     """Memory bandwidth, bytes a second."""
     link_bytes: float
-    """To other chips of the slice or node, all links together, bytes a second. The network between
-    slices or nodes is slower, and not in the roofline."""
+    """To other chips of the slice or node, all links together, bytes a second."""
+    network_bytes: float
+    """To other slices or nodes, a chip's share of its host's network, bytes a second."""
     usable: int
     """Bytes of memory that a program may take."""
     kernels: Implementation
 
 
 CHIPS = {
-    "v5e": Chip("v5e", 197e12, 819e9, 200e9, int(15.75 * GIB), "pallas_tpu"),
-    "v5p": Chip("v5p", 459e12, 2765e9, 600e9, int(95.74 * GIB), "pallas_tpu"),
-    "v6e": Chip("v6e", 918e12, 1640e9, 448e9, int(31.25 * GIB), "pallas_tpu"),
+    "v5e": Chip("v5e", 197e12, 819e9, 200e9, 3.125e9, int(15.75 * GIB), "pallas_tpu"),
+    "v5p": Chip("v5p", 459e12, 2765e9, 600e9, 6.25e9, int(95.74 * GIB), "pallas_tpu"),
+    "v6e": Chip("v6e", 918e12, 1640e9, 448e9, 12.5e9, int(31.25 * GIB), "pallas_tpu"),
     # JAX takes three quarters of a GPU's 80 GB by default; launch scripts set 0.92.
-    "h100": Chip("h100", 989e12, 3350e9, 450e9, int(0.92 * 80e9), "pallas_gpu"),
+    "h100": Chip("h100", 989e12, 3350e9, 450e9, 50e9, int(0.92 * 80e9), "pallas_gpu"),
 }
 
 FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -96,3 +98,9 @@ class Slice:
         count = int(self.topology)
         nodes, each = max(1, count // 8), min(count, 8)
         return gpu_mesh(H100.read_text(), *sizes, topology=f"1x{nodes}x{each}")
+
+
+def islands(mesh: Mesh) -> list[int]:
+    """Of each device, in the order of the mesh, the number of its slice of TPUs or node of GPUs."""
+    gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    return [d.process_index if gpu else getattr(d, "slice_index", 0) for d in mesh.devices.flat]

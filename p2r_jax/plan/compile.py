@@ -20,15 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from p2r_jax.parallel.flops import matmul_flops
 from p2r_jax.parallel.hlo import collectives, data_dependent_loop
 from p2r_jax.parallel.traffic import bytes_accessed
-from p2r_jax.plan.chips import Slice
+from p2r_jax.plan.chips import Slice, islands
 from p2r_jax.plan.programs import Program
 
 FORMAT = 2
 """Of kept results; another number makes them be computed anew."""
+
+
+BETWEEN = " between slices"
 
 
 @dataclasses.dataclass
@@ -44,7 +48,7 @@ class Compiled:
     moved: int = 0
     """Bytes to and from the chip's memory."""
     exchanged: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Bytes of collectives by kind."""
+    """Bytes of collectives by kind; of those over the network with BETWEEN behind the kind."""
     kernels: int = 0
     """Pallas kernels in the program."""
     seconds: float = 0.0
@@ -59,8 +63,8 @@ class Compiled:
         return self.arguments + self.results + self.temporary + self.code
 
 
-def compile_program(program: Program, where: Slice, chips: int, keep: Path | None) -> Compiled:
-    """Compile, or read what an earlier call found. chips: of the mesh. keep: a folder, or None.
+def compile_program(program: Program, where: Slice, mesh: Mesh, keep: Path | None) -> Compiled:
+    """Compile, or read what an earlier call found. keep: a folder, or None.
 
     Raises RuntimeError if the compiler refuses the program for another reason than its memory.
     """
@@ -68,7 +72,7 @@ def compile_program(program: Program, where: Slice, chips: int, keep: Path | Non
     lowered = traced.lower()
     file = None
     if keep is not None:
-        identity = [str(where), chips, _versions(), program.loop, program.scores, FORMAT]
+        identity = [str(where), mesh.size, _versions(), program.loop, program.scores, FORMAT]
         digest = hashlib.sha256(json.dumps(identity).encode() + lowered.as_text().encode())
         file = keep / f"{digest.hexdigest()[:32]}.json"
         if file.is_file():
@@ -81,7 +85,7 @@ def compile_program(program: Program, where: Slice, chips: int, keep: Path | Non
             raise RuntimeError(f"{program.name}: {str(error).splitlines()[0][:500]}") from error
         found = _too_large(str(error))
     else:
-        found = _read(program, traced, compiled, chips)
+        found = _read(program, traced, compiled, mesh)
     found.seconds = time.perf_counter() - begin
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,12 +105,12 @@ def _versions() -> list[str]:
     return [version(name) for name in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")]
 
 
-def _read(program: Program, traced: Any, compiled: Any, chips: int) -> Compiled:
+def _read(program: Program, traced: Any, compiled: Any, mesh: Mesh) -> Compiled:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     loop = data_dependent_loop(text) if program.loop else None
     exchanged: collections.Counter[str] = collections.Counter()
-    for one in collectives(text, loop=loop, trips=1):
-        exchanged[one.kind] += one.bytes * one.times
+    for one in collectives(text, loop=loop, trips=1, islands=islands(mesh)):
+        exchanged[one.kind + BETWEEN * one.between] += one.bytes * one.times
 
     def kernel_bytes(instruction: Any) -> int | None:
         # Its operands are the caches of all layers, of which it reads one.
@@ -118,7 +122,7 @@ def _read(program: Program, traced: Any, compiled: Any, chips: int) -> Compiled:
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        flops=flops / chips,
+        flops=flops / mesh.size,
         moved=bytes_accessed(text, loop=loop, trips=1, custom_call=kernel_bytes).total,
         exchanged=dict(exchanged),
         kernels=len(
@@ -127,7 +131,7 @@ def _read(program: Program, traced: Any, compiled: Any, chips: int) -> Compiled:
     )
 
 
-PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "forward": 2, "backward_q": 3, "backward_kv": 4}
+PRODUCTS = {"fwd": 2, "forward": 2, "dq": 3, "dkv": 4}
 """Matrix products of attention kernels by the end of their name: each has 2·D FLOPs a score."""
 
 
@@ -145,6 +149,10 @@ def _kernel_flops(scores: dict[int, int]) -> Any:
             return 0.0  # Data say how much it does; it is next to nothing.
         if products is None:
             return None
+        if name.startswith("flash"):
+            queries = next(var.aval for var in equation.invars if len(var.aval.shape) == 4)
+            rows, sequence, heads, width = queries.shape
+            return 2.0 * products * width * scores[sequence] * rows * heads
         shapes = [var.aval.shape for var in equation.outvars if len(var.aval.shape) > 2]
         *lead, sequence, width = max(shapes, key=math.prod)
         if sequence not in scores:

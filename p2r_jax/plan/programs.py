@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from p2r_jax.config import PhaseConfig
-from p2r_jax.ops.splash import executed_scores
 from p2r_jax.parallel.mesh import for_decoding
 from p2r_jax.plan.shapes import Rollout, Shapes
 from p2r_jax.rl.memory import tree_bytes
@@ -148,6 +147,7 @@ def _rollout(shapes: Shapes, rollout: Rollout, beside: dict[str, int]) -> Iterat
         f"ring cache, {plan.slots} × {plan.columns} × {ring} tokens": tree_bytes(caches[1]),
     }
     fills = math.ceil(rollout.requests / plan.refill)
+    executed = shapes.executed_scores
     prompts = shapes.prompts(plan.refill, size)
 
     def evidence() -> Any:
@@ -175,8 +175,8 @@ def _rollout(shapes: Shapes, rollout: Rollout, beside: dict[str, int]) -> Iterat
         {k: v for k, v in (other_patches | full).items() if k != decoding},
         fills,
         scores={
-            size.tokens: executed_scores(size.tokens),
-            size.patches: executed_scores(size.patches, causal=False),
+            size.tokens: executed(size.tokens),
+            size.patches: executed(size.patches, causal=False),
         },
     )
 
@@ -261,10 +261,11 @@ def _update(
     allowed = shapes.vocabulary().allowed
     # The last token of a completion is not fed; kernels round lengths up to a power of two.
     fed = learning.max_new_tokens - 1
+    executed = shapes.executed_scores
     together = size.tokens + learning.group * fed
     scores = {
-        together: executed_scores(size.tokens, learning.group, fed),
-        size.patches: executed_scores(size.patches, causal=False),
+        together: executed(size.tokens, learning.group, fed),
+        size.patches: executed(size.patches, causal=False),
     }
     what = f"{learning.role}, {phase.prompts} × ({size.tokens} + {learning.group} × {fed + 1})"
     shared = {"graph": shapes.graph, "dtype": shapes.compute}
@@ -299,8 +300,8 @@ def _update(
             moments | snapshot | batch,
             1,
             scores={
-                prompt + idle: executed_scores(prompt, 1, idle),
-                patches: executed_scores(patches, causal=False),
+                prompt + idle: executed(prompt, 1, idle),
+                patches: executed(patches, causal=False),
             },
         )
     optimizer = make_optimizer(config.optimizer, 1)

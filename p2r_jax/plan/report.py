@@ -1,7 +1,8 @@
 """The plan of a run on a slice: a row for each program, what fits, how long a step would take.
 
-Seconds are a roofline: of matrix products, memory traffic and exchange between chips the largest,
-each at a stated part of the chip's peak. They rank plans; they were never measured on a chip.
+Seconds are a roofline: of matrix products, memory traffic, exchange between chips and over the
+network between slices the largest, each at a stated part of the chip's peak. They rank plans; they
+were never measured on a chip.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from rich.table import Table
 
 from p2r_jax.config import TrainConfig
 from p2r_jax.plan.chips import GIB, Slice
-from p2r_jax.plan.compile import Compiled, compile_program
+from p2r_jax.plan.compile import BETWEEN, Compiled, compile_program
 from p2r_jax.plan.programs import Program, programs
 from p2r_jax.plan.shapes import Shapes
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 
-EFFICIENCY = {"compute": 0.5, "memory": 0.8, "link": 0.7}
+EFFICIENCY = {"compute": 0.5, "memory": 0.8, "link": 0.7, "network": 0.7}
 """Part of the peak that is taken to be reached."""
 
 LINKED = {"all-reduce": 2.0}
@@ -50,10 +51,15 @@ class Row:
     def seconds(self) -> dict[str, float]:
         """Of a step, by what would bind alone."""
         chip, c = self.where.chip, self.compiled
+        sent = {"link": 0.0, "network": 0.0}
+        for kind, size in c.exchanged.items():
+            own = kind.removesuffix(BETWEEN)
+            sent["link" if own == kind else "network"] += LINKED.get(own, 1) * size
         once = {
             "compute": c.flops / chip.flops,
             "memory": c.moved / chip.hbm_bytes,
-            "link": sum(LINKED.get(k, 1) * v for k, v in c.exchanged.items()) / chip.link_bytes,
+            "link": sent["link"] / chip.link_bytes,
+            "network": sent["network"] / chip.network_bytes,
         }
         return {k: self.program.times * v / EFFICIENCY[k] for k, v in once.items()}
 
@@ -63,6 +69,8 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """For machines: bytes, FLOPs and seconds."""
+        compiled = dataclasses.asdict(self.compiled)
+        compiled["compile_seconds"] = compiled.pop("seconds")
         return {
             "program": self.program.name,
             "stage": self.program.stage,
@@ -71,7 +79,7 @@ class Row:
             "total": self.total,
             "seconds": self.seconds,
             "binds": self.binds,
-            **dataclasses.asdict(self.compiled),
+            **compiled,
         }
 
 
@@ -132,7 +140,7 @@ def make_plan(
         if only is not None and not any(program.name.startswith(name) for name in only):
             continue
         watch(program.name)
-        rows.append(Row(program, compile_program(program, where, mesh.size, keep), where))
+        rows.append(Row(program, compile_program(program, where, mesh, keep), where))
     return Plan(where, dict(mesh.shape), rows)
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from p2r_jax.config import PhaseConfig, TrainConfig
+from p2r_jax.ops import splash, triton_attention
 from p2r_jax.ops.image import Views
 from p2r_jax.ops.kernels import Implementation, Kernels
 from p2r_jax.parallel.mesh import BATCH_AXES, batch_shards, parameter_shardings
@@ -25,6 +26,7 @@ from p2r_jax.qwen3_vl.inputs import Patches, Prompts
 from p2r_jax.rl.experience import phase_sampling
 from p2r_jax.rl.step import AnchorBatch, TrainingBatch, TrainState
 from p2r_jax.roles.boxes import MAX_CROPS
+from p2r_jax.roles.pipeline import greedy_schedule
 from p2r_jax.rollout import engine
 from p2r_jax.rollout.generate import Schedule, SlotPlan
 from p2r_jax.rollout.sampling import Sampling, Vocabulary
@@ -75,6 +77,11 @@ class Shapes:
         self.graph, self._weights = nnx.split(shapes, nnx.Param)
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.by_row = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+    def executed_scores(self, *sizes: int, causal: bool = True) -> int:
+        """That the attention kernels compute; see `ops.splash.executed_scores`."""
+        gpu = self.kernels.implementation == "pallas_gpu"
+        return (triton_attention if gpu else splash).executed_scores(*sizes, causal=causal)
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -144,7 +151,7 @@ class Shapes:
         if learning.role in PARTNER:
             greedy = Sampling(phase.partner_max_new_tokens, temperature=0.0)
             every = learning.prompts * (learning.group if learning.role == "perceiver" else 1)
-            slots = Schedule(min(settings.greedy_slots, every), rings=rings)
+            slots = greedy_schedule(min(settings.greedy_slots, every), rings, settings.refill)
             found.append(self._rollout(PARTNER[learning.role], False, every, greedy, slots))
         return found
 

@@ -96,7 +96,8 @@ def build_trainer(
         model = load_pretrained(folder, mesh, dtype, config.model.kernels, progress=is_main())
         return nnx.state(model, nnx.Param)
 
-    greedy = greedy_schedule(config.rollout.greedy_slots, tuple(config.buckets.response_tokens))
+    rollout, rings = config.rollout, tuple(config.buckets.response_tokens)
+    greedy = greedy_schedule(rollout.greedy_slots, rings, rollout.refill)
     pipeline = Pipeline.create(graph, processor, prompts, buckets, mesh, greedy, model.kernels)
     if verifier is None and "free_form" in forms:
         verifier = _checked_verifier(config, pipeline)

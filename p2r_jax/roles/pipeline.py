@@ -212,9 +212,10 @@ class Pipeline:
         return [o.text for o in self.complete(params, requests, images, sampling, seeds)]
 
 
-def greedy_schedule(slots: int, rings: tuple[int, ...] = ()) -> Schedule:
-    """For `Pipeline.complete`: `slots` prompts at once, a quarter of them run together."""
-    return Schedule(slots, refill=max(1, slots // 4), rings=rings)
+def greedy_schedule(slots: int, rings: tuple[int, ...] = (), refill: int | None = None) -> Schedule:
+    """For `Pipeline.complete`: `slots` prompts at once, `refill` of them (by default a quarter) run
+    together."""
+    return Schedule(slots, refill=min(refill or max(1, slots // 4), slots), rings=rings)
 
 
 def default_prompt_set(config: Qwen3VLConfig) -> str:

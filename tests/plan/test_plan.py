@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from p2r_jax.config import ModelConfig, OptimizerConfig, RolloutConfig
+from p2r_jax.ops import splash, triton_attention
 from p2r_jax.ops.splash import Rule, executed_scores
 from p2r_jax.parallel.flops import matmul_flops
 from p2r_jax.parallel.mesh import make_mesh
@@ -149,13 +150,14 @@ class TestFlops:
         blocks = whole.reshape(size // block, block, size // block, block).any((1, 3)).sum()
         assert executed_scores(2560, 8, 64) == blocks * block**2
 
-    def test_kernels_count_as_the_products_that_they_are(self):
+    @pytest.mark.parametrize("kernels", ["pallas_tpu", "pallas_gpu"])
+    def test_kernels_count_as_the_products_that_they_are(self, kernels):
         """Vision attention skips nothing: its kernel and plain XLA have the same FLOPs."""
         config = small_run()
         mesh = make_mesh(1, 2, 2, jax.devices()[:4])
         found = []
-        for kernels in ("pallas_tpu", "xla"):
-            shapes = Shapes(config, small_model(), mesh, kernels)
+        for own in (kernels, "xla"):
+            shapes = Shapes(config, small_model(), mesh, own)
             program = next(p for p in programs(shapes) if p.name.startswith("prefill, reasoner"))
             traced = program.trace()
             flops = compiling._kernel_flops(program.scores)
@@ -163,10 +165,21 @@ class TestFlops:
         kernel, plain = found
         text = small_model().text
         heads, width, layers = text.num_attention_heads, text.head_dim, text.num_hidden_layers
-        skipped = 1536**2 - executed_scores(1536)
+        executed = {"pallas_tpu": splash, "pallas_gpu": triton_attention}[kernels].executed_scores
+        skipped = 1536**2 - executed(1536)
         rows = 8
         assert skipped > 0
         assert plain - kernel == pytest.approx(4 * rows * layers * heads * width * skipped)
+
+    def test_scores_of_the_blocks_that_a_gpu_visits(self):
+        """Against the rule itself, block by block."""
+        rule, blocks = Rule(2560 + 8 * 63, 2560, 63), triton_attention.BY_QUERIES
+        whole = np.zeros([-(-rule.size // n) * n for n in (blocks.queries, blocks.keys)], bool)
+        whole[: rule.size, : rule.size] = rule[slice(0, rule.size), slice(0, rule.size)]
+        parts = whole.reshape(-1, blocks.queries, whole.shape[1] // blocks.keys, blocks.keys)
+        visited = parts.any((1, 3)).sum() * blocks.queries * blocks.keys
+        assert visited <= triton_attention.executed_scores(2560, 8, 63) <= visited * 1.02
+        assert triton_attention.executed_scores(2560, causal=False) == 2560**2
 
     def test_a_token_of_decoding_reads_the_weights_and_the_caches_once(self, rows):
         config = small_run()
