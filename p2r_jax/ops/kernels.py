@@ -31,6 +31,7 @@ from p2r_jax.ops import (
     image_kernel,
     splash,
     triton_attention,
+    triton_decode,
 )
 from p2r_jax.parallel.mesh import BATCH_AXES, batch_shards
 
@@ -41,6 +42,7 @@ _MODULES: dict[str, ModuleType] = {
     "pallas_tpu": splash,
     "pallas_gpu": triton_attention,
 }
+_DECODING: dict[str, ModuleType] = {"pallas_tpu": decode_kernel, "pallas_gpu": triton_decode}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +157,13 @@ class Kernels:
         suffix_valid: Bool[Array, "B G C"],
     ) -> Float[Array, "B G H D"]:
         """Rollout, on the caches of all layers: see `ops.attention.decode_attention`."""
-        if self.implementation != "pallas_tpu":
+        if self.implementation not in _DECODING:
             own = lambda cache: jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
             prefix, suffix = jax.tree.map(own, (prefix, suffix))
             return xla.decode_attention(q, k_new, v_new, prefix, suffix, prefix_valid, suffix_valid)
 
-        def run(*inputs):
-            return decode_kernel.decode_attention(*inputs, interpret=self.interpret)
+        module = _DECODING[self.implementation]
+        run = functools.partial(module.decode_attention, interpret=self.interpret)
 
         rows = self._row_axes(q.shape[0])
         heads, cache = PartitionSpec(rows, None, "tensor"), PartitionSpec(None, rows, "tensor")

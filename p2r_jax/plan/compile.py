@@ -113,8 +113,10 @@ def _read(program: Program, traced: Any, compiled: Any, mesh: Mesh) -> Compiled:
         exchanged[one.kind + BETWEEN * one.between] += one.bytes * one.times
 
     def kernel_bytes(instruction: Any) -> int | None:
-        # Its operands are the caches of all layers, of which it reads one.
-        return program.cache_bytes if "decode" in instruction.name else None
+        # On a GPU only the source of the call tells its name.
+        names = instruction.name, instruction.source
+        of = (size for own, size in program.kernel_bytes.items() if any(own in n for n in names))
+        return next(of, None)
 
     flops = matmul_flops(traced.jaxpr, trips=1, kernel_flops=_kernel_flops(program.scores))
     return Compiled(

@@ -51,8 +51,8 @@ class Program:
     """Decoding: it runs until data say stop, and is counted by one turn of that loop."""
     scores: dict[int, int] = dataclasses.field(default_factory=dict)
     """Of attention by length of the sequence: how many are computed, for a head and a row."""
-    cache_bytes: int = 0
-    """That the decode kernel reads on a chip in one layer."""
+    kernel_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of kernels that get the caches of all layers and read one: bytes on a chip, by name."""
 
 
 def programs(shapes: Shapes) -> list[Program]:
@@ -227,7 +227,7 @@ def _rollout(shapes: Shapes, rollout: Rollout, beside: dict[str, int]) -> Iterat
         without_weights,
         waves * rollout.sampling.max_new_tokens,
         loop=True,
-        cache_bytes=_cache_bytes(caches) // shapes.model.text.num_hidden_layers,
+        kernel_bytes=_kernel_bytes(caches, shapes.model.text.num_hidden_layers),
     )
     if len(plan.rings) > 1:
         smaller = plan.rings[-2]
@@ -242,8 +242,10 @@ def _rollout(shapes: Shapes, rollout: Rollout, beside: dict[str, int]) -> Iterat
         )
 
 
-def _cache_bytes(caches: engine.Slots) -> int:
-    return sum(tree_bytes((own.keys, own.values)) for own in caches)
+def _kernel_bytes(caches: engine.Slots, layers: int) -> dict[str, int]:
+    """On TPUs one kernel reads both caches, on GPUs each has its own."""
+    prefix, ring = (tree_bytes((own.keys, own.values)) // layers for own in caches)
+    return {"decode_attention": prefix + ring, "decode_prefix": prefix, "decode_suffix": ring}
 
 
 def _update(

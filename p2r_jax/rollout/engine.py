@@ -343,11 +343,15 @@ def _step(
     following = state.next_index[:, None] + jnp.cumsum(ended, axis=1) - 1
     starts = ended & (following < sampling.group)
 
-    # The last tokens of the last completions need not be fed.
-    keys, values, hidden = jax.lax.cond(
-        feeds.any(),
-        lambda: _feed(model, prefix, state, token),
-        lambda: (state.keys, state.values, state.hidden),
+    # The last tokens of the last completions need not be fed. The caches stay outside of the
+    # conditional, which would copy them on a GPU.
+    feed = functools.partial(_feed, model, prefix, state, token)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(feed))
+    keys, values, hidden = jax.lax.cond(feeds.any(), feed, lambda: nothing)
+    place = state.clock % state.keys.shape[4]
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(cache, new, place, axis=4)
+        for cache, new in ((state.keys, keys), (state.values, values))
     )
     seen = state.seen
     if seen is not None and prefix.seen is not None:
@@ -373,10 +377,9 @@ def _step(
 def _feed(
     model: Qwen3VL, prefix: Prefix, state: Columns, token: Int[Array, "B W"]
 ) -> tuple[Array, Array, Float[Array, "B W E"]]:
-    """Run one token of each column; the ring with its keys and values, and its hidden state."""
+    """Run one token of each column; its keys and values, [L, B, K, W, 1, D], and hidden state."""
     ring = state.keys.shape[4]
-    place = state.clock % ring
-    back = (place - 1 - jnp.arange(ring)) % ring  # 0 = written in the last step
+    back = (state.clock - 1 - jnp.arange(ring)) % ring  # 0 = written in the last step
     in_ring = back < state.age[..., None]
     positions = jnp.broadcast_to(prefix.next_position[:, None] + state.age, (3, *token.shape))
 
@@ -389,12 +392,9 @@ def _feed(
 
     layers = jnp.arange(state.keys.shape[0])
     hidden, new = model.language_model(model.embed(token), positions, attend, layers)
-    # All layers are written at once: [L, B, W, K, D] to [L, B, K, W, 1, D].
+    # [L, B, W, K, D] to [L, B, K, W, 1, D]: all layers are written at once.
     keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(
-            cache, jnp.swapaxes(own, 2, 3)[:, :, :, :, None].astype(cache.dtype), place, axis=4
-        )
-        for cache, own in zip((state.keys, state.values), new, strict=True)
+        jnp.swapaxes(own, 2, 3)[:, :, :, :, None].astype(state.keys.dtype) for own in new
     )
     return keys, values, hidden.astype(state.hidden.dtype)
 
