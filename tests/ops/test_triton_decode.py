@@ -1,0 +1,136 @@
+"""The Triton decode kernel equals the reference, reads only what is valid, compiles for an H100.
+
+Kernels run in interpret mode, on the arrays of the TPU kernel's tests.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from p2r_jax.ops import triton_decode
+from p2r_jax.ops.triton_decode import decode_attention
+from p2r_jax.parallel.topology import H100, gpu_mesh
+from tests.ops.test_decode_kernel import (
+    HEADS,
+    KV_HEADS,
+    MASKS,
+    PREFIX_VALID,
+    SUFFIX_VALID,
+    L,
+    expected,
+    inputs,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def kernel(q, k_new, v_new, prefix, suffix, layer=1):
+    out = decode_attention(
+        q, k_new, v_new, prefix, suffix, jnp.int32(layer), *MASKS, interpret=True
+    )
+    return np.asarray(out.astype(jnp.float32))
+
+
+@pytest.fixture(params=[1, 2, 8], ids=lambda n: f"chunks of {n} blocks")
+def chunks(request, monkeypatch):
+    """Prefixes of five blocks, the last of 40 keys, and suffixes of two in one chunk or several."""
+    monkeypatch.setattr(triton_decode, "CHUNK", request.param * triton_decode.BLOCK)
+
+
+@pytest.mark.usefixtures("chunks")
+class TestParity:
+    @pytest.mark.parametrize("layer", range(L))
+    def test_with_the_reference(self, layer):
+        np.testing.assert_allclose(
+            kernel(*inputs(), layer=layer), expected(*inputs(), layer=layer), atol=1e-6
+        )
+
+    def test_bfloat16_costs_only_rounding(self):
+        rounded = inputs(jnp.bfloat16)
+        exact = expected(*jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
+        np.testing.assert_allclose(kernel(*rounded), exact, atol=0.01)
+
+    def test_without_any_cached_key_the_result_is_the_new_value(self):
+        arrays = inputs()
+        nothing = [jnp.zeros_like(mask) for mask in MASKS]
+        out = decode_attention(*arrays, jnp.int32(0), *nothing, interpret=True)
+        np.testing.assert_array_equal(out, np.repeat(arrays[2], HEADS // KV_HEADS, axis=2))
+
+    @pytest.mark.parametrize("garbage", [1e3, np.inf, np.nan])
+    def test_invalid_places_of_the_caches_do_not_matter(self, garbage):
+        *new, prefix, suffix = inputs()
+        unwritten = (
+            tuple(jnp.where(PREFIX_VALID[:, None, :, None], x, garbage) for x in prefix),
+            tuple(jnp.where(SUFFIX_VALID[:, None, ..., None], x, garbage) for x in suffix),
+        )
+        np.testing.assert_array_equal(kernel(*new, *unwritten), kernel(*new, prefix, suffix))
+
+    def test_a_completion_never_sees_another(self):
+        *new, prefix, suffix = inputs()
+        before = kernel(*new, prefix, suffix)
+        after = kernel(*new, prefix, tuple(x.at[:, :, :, 1].add(1) for x in suffix))
+        np.testing.assert_array_equal(after[:, [0, 2]], before[:, [0, 2]])
+        assert (after[:2, 1] != before[:2, 1]).any(-1).all()
+
+
+def test_a_ring_is_valid_wherever_its_tokens_lie():
+    """A completion that began in the middle of the ring and went on at its start."""
+    q, k_new, v_new, prefix, suffix = inputs()
+    size = suffix[0].shape[4]
+    valid = (np.arange(size) < 7) | (np.arange(size) >= size - 9)
+    valid = jnp.broadcast_to(jnp.asarray(valid), MASKS[1].shape)
+    out = decode_attention(
+        q, k_new, v_new, prefix, suffix, jnp.int32(1), MASKS[0], valid, interpret=True
+    )
+    order = np.roll(np.arange(size), 9)  # The same keys, one run of them.
+    rolled = tuple(x[:, :, :, :, order] for x in suffix)
+    same = decode_attention(
+        q, k_new, v_new, prefix, rolled, jnp.int32(1), MASKS[0], valid[..., order], interpret=True
+    )
+    np.testing.assert_allclose(out, same, atol=1e-6)
+
+
+class TestH100:
+    @pytest.fixture(autouse=True)
+    def _compiler(self, quick_compilation):
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", True)
+
+    @pytest.mark.parametrize(
+        "layers, prompt, past, heads", [(28, 2560, 256, 16), (36, 8704, 2048, 32)]
+    )
+    def test_no_layer_is_copied_out_of_the_caches(self, layers, prompt, past, heads):
+        """At full size for one GPU; the larger cache has more than 2**32 bytes."""
+        try:
+            whole = NamedSharding(gpu_mesh(H100.read_text(), 1, 1, 1), PartitionSpec())
+        except ModuleNotFoundError as error:
+            pytest.skip(str(error))
+
+        def shape(*sizes, dtype=jnp.bfloat16):
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
+
+        batch, group, kv_heads, width = 4, 8, 8, 128
+        new = shape(batch, group, kv_heads, width)
+        arrays = (
+            shape(batch, group, heads, width),
+            new,
+            new,
+            (shape(layers, batch, kv_heads, prompt, width),) * 2,
+            (shape(layers, batch, kv_heads, group, past, width),) * 2,
+            shape(dtype=jnp.int32),
+            shape(batch, prompt, dtype=jnp.int32),
+            shape(batch, group, past, dtype=jnp.bool_),
+        )
+        compiled = jax.jit(decode_attention).trace(*arrays).lower().compile()
+        text = compiled.as_text()
+        assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+        cache = rf"= \(?bf16\[{layers},[\d,]*,(?:{prompt}|{past}),{width}\]"
+        assert set(re.findall(rf"{cache}.*? ([\w-]+)\(", text)) == {"parameter", "bitcast"}
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**27
