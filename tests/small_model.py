@@ -111,7 +111,6 @@ def make_prompts(
         tokens = [[*own, *more] for own, more in zip(tokens, appended, strict=True)]
     grids = [row[1] for row in rows]
     layout = patch_layout(grids, CONFIG, num_patches)
-    del layout["slot"]
     pixels = np.zeros((len(rows), num_patches, CONFIG.vision.patch_dim), np.float32)
     for i, (_, _, own) in enumerate(rows):
         pixels[i, : len(own)] = own

@@ -8,18 +8,21 @@ serves every mix of image counts and sizes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 
 from p2r_jax.ops.image import normalize
+from p2r_jax.parallel.multihost import put
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig, VisionConfig
 from p2r_jax.qwen3_vl.positions import (
     Grid,
-    patch_coordinates,
+    coordinates_at,
     position_interpolation,
     rope_positions,
 )
@@ -73,40 +76,60 @@ def pixel_values(patches: Patches, config: VisionConfig) -> Float[Array, "B N C"
 
 
 def patch_layout(
-    grids: Sequence[Sequence[Grid]], config: Qwen3VLConfig, num_patches: int
-) -> dict[str, np.ndarray]:
-    """Everything about the patches of a batch but their pixels.
+    grids: Sequence[Sequence[Grid]],
+    config: Qwen3VLConfig,
+    num_patches: int,
+    where: NamedSharding | None = None,
+) -> dict[str, Array]:
+    """Everything about the patches of a batch but their pixels: the other fields of `Patches`.
 
-    grids: for each row, the (h, w) of its images in patches. Returns the non-pixel fields of
-    `Patches` plus `slot` int32 [B, N]: which image of the row a patch belongs to (-1 = padding).
-    Raises ValueError if a row exceeds `num_patches`.
+    grids: for each row, the (h, w) of its images in patches. Only these go to the device, which
+    makes the rest of them. where: how rows are split. Raises ValueError if a row exceeds
+    `num_patches`.
     """
-    merge, side = config.vision.spatial_merge_size, config.vision.position_grid
-    shape = (len(grids), num_patches)
-    out = {
-        "row_col": np.zeros((*shape, 2), np.int32),
-        "image_id": np.zeros(shape, np.int32),
-        "pos_index": np.zeros((*shape, 4), np.int32),
-        "pos_weight": np.zeros((*shape, 4), np.float32),
-    }
     for row, row_grids in enumerate(grids):
-        start = 0
-        for image, grid in enumerate(row_grids):
-            stop = start + grid[0] * grid[1]
-            if stop > num_patches:
-                total = sum(h * w for h, w in row_grids)
-                raise ValueError(
-                    f"row {row} has {total} patches, more than the budget of {num_patches}: "
-                    "raise the patch bucket or lower max_pixels"
-                )
-            out["row_col"][row, start:stop] = patch_coordinates(grid, merge)
-            out["image_id"][row, start:stop] = image + 1
-            index, weight = position_interpolation(grid, merge, side)
-            out["pos_index"][row, start:stop] = index
-            out["pos_weight"][row, start:stop] = weight
-            start = stop
-    out["slot"] = out["image_id"] - 1
-    return out
+        if (total := sum(h * w for h, w in row_grids)) > num_patches:
+            raise ValueError(
+                f"row {row} has {total} patches, more than the budget of {num_patches}: "
+                "raise the patch bucket or lower max_pixels"
+            )
+    sizes = np.zeros((len(grids), round_up(max(map(len, grids))), 2), np.int32)
+    for row, row_grids in enumerate(grids):
+        sizes[row, : len(row_grids)] = np.reshape(row_grids, (-1, 2))
+    vision = config.vision
+    merge, side = vision.spatial_merge_size, vision.position_grid
+    return layout_of_grids(put(sizes, where), size=num_patches, merge=merge, side=side, where=where)
+
+
+def round_up(images: int) -> int:
+    """Images of a row that arrays have room for, so that few numbers are compiled."""
+    return 1 if images <= 1 else max(4, 1 << (images - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames=("size", "merge", "side", "where"))
+def layout_of_grids(
+    grids: Int[Array, "B S 2"], *, size: int, merge: int, side: int, where: NamedSharding | None
+) -> dict[str, Array]:
+    """As `patch_layout`; an image of no patches is none."""
+    counts = grids.prod(-1)
+    ends = jnp.cumsum(counts, axis=-1)
+    place = jnp.arange(size)[None]
+    image = (place[..., None] >= ends[:, None]).sum(-1)
+    real = image < grids.shape[1]
+    image = jnp.minimum(image, grids.shape[1] - 1)
+    of_image = lambda x: jnp.take_along_axis(x, image, axis=1)
+    grid = jnp.stack([of_image(grids[..., axis]) for axis in (0, 1)], -1)
+    grid = jnp.where(real[..., None], grid, merge)
+    place = jnp.where(real, place - of_image(ends - counts), 0)
+    row_col = jnp.stack(coordinates_at(place, grid[..., 1], merge), -1)
+    index, weight = position_interpolation(row_col, grid, side)
+    layout = {
+        "row_col": row_col,
+        "image_id": jnp.where(real, image + 1, 0),
+        "pos_index": index,
+        "pos_weight": jnp.where(real[..., None], weight, 0.0),
+    }
+    return layout if where is None else jax.lax.with_sharding_constraint(layout, where)
 
 
 def token_layout(

@@ -148,15 +148,12 @@ def prompts_from_hf(
     if len(thw):
         counts = [sum(h * w for h, w in row) for row in grids]
         layout = patch_layout(grids, config, max(counts))
-        del layout["slot"]
         pixels = np.zeros((rows, max(counts), config.vision.patch_dim), np.float32)
         start = 0
         for row, count in enumerate(counts):
             pixels[row, :count] = np.asarray(pixel_values)[start : start + count]
             start += count
-        patches = Patches(
-            pixels=jnp.asarray(pixels), **{k: jnp.asarray(v) for k, v in layout.items()}
-        )
+        patches = Patches(pixels=jnp.asarray(pixels), **layout)
     return Prompts(patches=patches, **fields)
 
 

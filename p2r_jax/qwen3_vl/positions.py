@@ -1,4 +1,4 @@
-"""Where tokens and patches sit: host-side integer bookkeeping, NumPy only.
+"""Where tokens and patches sit: integer bookkeeping, of tokens on the host.
 
 A grid `(h, w)` counts patches; both are multiples of the merge size. Patches are listed in
 *merge-block order* (block row, block column, row in block, column in block), so that four
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 Grid = tuple[int, int]
 
@@ -19,35 +22,38 @@ Grid = tuple[int, int]
 def patch_coordinates(grid: Grid, merge_size: int) -> np.ndarray:
     """Row and column of each patch, int32 [h*w, 2], in merge-block order."""
     h, w = grid
-    rows, cols = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
-    coordinates = np.stack([rows, cols], -1)
-    blocks = coordinates.reshape(h // merge_size, merge_size, w // merge_size, merge_size, 2)
-    return blocks.transpose(0, 2, 1, 3, 4).reshape(h * w, 2).astype(np.int32)
+    places = coordinates_at(np.arange(h * w, dtype=np.int32), np.int32(w), merge_size)
+    return np.stack(places, -1)
 
 
-@functools.lru_cache(maxsize=4096)
+def coordinates_at(place: Any, width: Any, merge_size: int) -> tuple[Any, Any]:
+    """Row and column of the patches with these numbers, NumPy or JAX; width: of their grids."""
+    block, inside = place // merge_size**2, place % merge_size**2
+    blocks = width // merge_size
+    row = block // blocks * merge_size + inside // merge_size
+    return row, block % blocks * merge_size + inside % merge_size
+
+
 def position_interpolation(
-    grid: Grid, merge_size: int, table_side: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bilinear look-up of a `table_side`² embedding table stretched over the grid.
+    row_col: Int[Array, "*n 2"], grid: Int[Array, "*n 2"], table_side: int
+) -> tuple[Int[Array, "*n 4"], Float[Array, "*n 4"]]:
+    """Bilinear look-up of a `table_side`² embedding table stretched over the grid of each patch.
 
     Corners align (the first patch reads entry 0, the last reads `table_side - 1`).
-    Returns indices int32 [h*w, 4] into the row-major table and weights float32 [h*w, 4].
+    Returns indices into the row-major table and weights.
     """
-    h, w = grid
-    row_col = patch_coordinates(grid, merge_size)
-    parts = []
-    for axis, size in enumerate((h, w)):
-        where = row_col[:, axis].astype(np.float32) * (table_side - 1) / max(size - 1, 1)
-        low = np.floor(where).astype(np.int32)
-        high = np.minimum(low + 1, table_side - 1)
-        parts.append((low, high, (where - low).astype(np.float32)))
-    (r0, r1, fr), (c0, c1, fc) = parts
-    one = np.float32(1)
-    index = np.stack([r0 * table_side + c0, r0 * table_side + c1,
-                      r1 * table_side + c0, r1 * table_side + c1], -1)  # fmt: skip
-    weight = np.stack([(one - fr) * (one - fc), (one - fr) * fc, fr * (one - fc), fr * fc], -1)
-    return index.astype(np.int32), weight.astype(np.float32)
+    last = jnp.maximum(grid - 1, 1)
+    # In whole numbers, since accelerators divide inexactly: a floor must not fall short.
+    low, rest = jnp.divmod(row_col * (table_side - 1), last)
+    high = jnp.minimum(low + 1, table_side - 1)
+    # Rounded like the reference's, which takes the fraction of the float32 position.
+    where = low + rest.astype(jnp.float32) / last.astype(jnp.float32)
+    fr, fc = jnp.moveaxis(where - low, -1, 0)
+    (r0, c0), (r1, c1) = jnp.moveaxis(low, -1, 0), jnp.moveaxis(high, -1, 0)
+    index = jnp.stack([r0 * table_side + c0, r0 * table_side + c1,
+                       r1 * table_side + c0, r1 * table_side + c1], -1)  # fmt: skip
+    weight = jnp.stack([(1 - fr) * (1 - fc), (1 - fr) * fc, fr * (1 - fc), fr * fc], -1)
+    return index, weight
 
 
 def mrope_axes(section: Sequence[int]) -> np.ndarray:

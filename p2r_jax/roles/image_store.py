@@ -263,7 +263,7 @@ def render_prompts(
     images: UInt8[Array, "I H W 3"],
     sizes: Int32[Array, "I 2"],
     views: Views,
-    slot: Int32[Array, "B N"],
+    image_id: Int32[Array, "B N"],
     row_col: Int32[Array, "B N 2"],
     *,
     canvas: tuple[int, int],
@@ -273,8 +273,9 @@ def render_prompts(
 ) -> UInt8[Array, "B N D"]:
     """`render_patches` for images and rows that are both split over the batch axes of a mesh.
 
-    All views of a row are of one image; their `image_index` is its place in `images`. The result
-    are the bytes (D = 3·p·p) that `render_patches` normalises, see `qwen3_vl.inputs.pixel_values`;
+    All views of a row are of one image; their `image_index` is its place in `images`. image_id: 1
+    for patches of the first view, 2 of the second and so on, 0 for padding. The result are the
+    bytes (D = 3·p·p) that `render_patches` normalises, see `qwen3_vl.inputs.pixel_values`;
     those of padding mean nothing. On top of it a device needs the patches of `shards` rows: shards
     × N × D bytes.
     """
@@ -283,6 +284,8 @@ def render_prompts(
         from p2r_jax.ops.image_kernel import to_kernel_layout
     settings: dict[str, Any] = {"canvas": canvas, "patch_size": patch_size}
     settings["implementation"] = implementation
+
+    slot = image_id - 1
 
     def render(images: Array, *about: Any) -> Array:
         images = images if implementation == "xla" else to_kernel_layout(images)

@@ -19,7 +19,7 @@ from p2r_jax.ops.image import Views
 from p2r_jax.ops.kernels import Kernels
 from p2r_jax.parallel.mesh import batch_sharding, batch_shards
 from p2r_jax.parallel.multihost import put
-from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
+from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, round_up, token_layout
 from p2r_jax.qwen3_vl.positions import Grid
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.boxes import Box
@@ -187,15 +187,13 @@ class RequestBuilder:
         canvas = tuple(
             fit(self.buckets.canvas, max(t[axis] for t in targets), "canvas") for axis in (0, 1)
         )
-        layout = patch_layout(grids, config, num_patches)
-        slot = layout.pop("slot")
         where = batch_sharding(self.mesh) if self.mesh is not None else None
-        layout, slot, views = put((layout, slot, _stack_views(requests, images.places)), where)
+        layout = patch_layout(grids, config, num_patches, where)
         pixels = render_prompts(
             images.pixels,
             images.sizes,
-            views,
-            slot,
+            put(_stack_views(requests, images.places), where),
+            layout["image_id"],
             layout["row_col"],
             canvas=canvas,
             patch_size=config.vision.patch_size,
@@ -211,7 +209,7 @@ def _stack_views(requests: Sequence[Request], places: Sequence[int]) -> Views:
     places: of each image in the uploaded array.
     """
     most = max(len(r.views) for r in requests)
-    slots = 1 if most == 1 else max(4, 1 << (most - 1).bit_length())
+    slots = round_up(most)
     drawn = max(len(v.outlines) for r in requests for v in r.views)
     outlines = max(4, 1 << max(drawn - 1, 0).bit_length())
     shape = (len(requests), slots)

@@ -213,11 +213,9 @@ def dense_loss(
 def window_patches(windows: Windows, config: Qwen3VLConfig) -> Patches:
     """One window a row, normalised as `ops.image.patchify` does."""
     layout = patch_layout([[grid] for grid in windows.grids], config, windows.pixels.shape[1])
-    del layout["slot"]
     x = windows.pixels.astype(np.float32) / np.float32(127.5) - 1
     x = x.reshape(*x.shape[:2], 3, 1, -1).repeat(config.vision.temporal_patch_size, axis=3)
-    fields = layout | {"pixels": x.reshape(*x.shape[:2], -1)}
-    return Patches(**{name: jnp.asarray(value) for name, value in fields.items()})
+    return Patches(pixels=jnp.asarray(x.reshape(*x.shape[:2], -1)), **layout)
 
 
 def train_tower(

@@ -114,10 +114,9 @@ def make_prompts(config: Qwen3VLConfig, prompt: int, rows: int, images: bool = T
     if not images:
         return Prompts(patches=None, **fields)
     layout = patch_layout(grids, config, 4 * visual)
-    del layout["slot"]
     shape = (rows, 4 * visual, config.vision.patch_dim)
     pixels = rng.uniform(-1, 1, shape).astype(np.float32)
-    patches = Patches(pixels=jnp.asarray(pixels), **jax.device_put(layout))
+    patches = Patches(pixels=jnp.asarray(pixels), **layout)
     return Prompts(patches=patches, **fields)
 
 

@@ -11,15 +11,15 @@ best round's; the ratio is theirs ÷ ours: of the best rounds, in brackets the s
 largest of a round. Pixels are compared before anything is timed.
 
 Bytes are counted by leaving JAX no transfer but those that are written out here, and adding those
-up: the image and its size once; then, for each set of boxes, the views (these are the boxes) and
-the list of patches, twelve bytes each; and back nothing.
+up: the image and its size once; then, for each set of boxes, the views (these are the boxes) with
+their sizes in patches; and back nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
+import math
 import os
 import statistics
 import sys
@@ -38,6 +38,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from p2r_jax.ops.image import Views, render_patches
 from p2r_jax.ops.outlines import OUTLINE_COLORS
+from p2r_jax.qwen3_vl.inputs import layout_of_grids
 from p2r_jax.qwen3_vl.processor import ImageSizes
 from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.evidence import View, gather_evidence
@@ -89,16 +90,24 @@ class Ours:
         self.sent = 0
         self.images, self.sizes = self.send((pixels[None], np.int32([pixels.shape[:2]])))
         self.sent_once, self.sent = self.sent, 0
-        self.views = numbers_of(views)[0]
         targets = [view.target for view in views]
-        self.render_views = jax.jit(
-            functools.partial(
-                render_patches,
-                canvas=tuple(int(side) for side in np.max(targets, axis=0)),
+        canvas = tuple(int(side) for side in np.max(targets, axis=0))
+        patches = sum(math.prod(BUDGET.grid(target)) for target in targets)
+
+        def render_views(images: Any, sizes: Any, views: Views, grids: Any) -> Any:
+            layout = layout_of_grids(grids, size=patches, merge=BUDGET.merge, side=48, where=None)
+            return render_patches(
+                images,
+                sizes,
+                views,
+                layout["image_id"] - 1,
+                layout["row_col"],
+                canvas=canvas,
                 patch_size=BUDGET.patch,
                 temporal_patch_size=2,
             )
-        )
+
+        self.render_views = jax.jit(render_views)
 
     def send(self, arrays: Any) -> Any:
         self.sent += sum(array.nbytes for array in jax.tree.leaves(arrays))
@@ -110,8 +119,8 @@ class Ours:
             return self.render_views(self.images, self.sizes, *numbers)
 
 
-def numbers_of(views: tuple[View, ...]) -> tuple[Views, np.ndarray, np.ndarray]:
-    """All that the device is told of one set of boxes: views, and which patch goes where."""
+def numbers_of(views: tuple[View, ...]) -> tuple[Views, np.ndarray]:
+    """All that the device is told of one set of boxes: views, and their sizes in patches."""
     count, most = len(views), max(len(view.outlines) for view in views)
     outlines = np.zeros((1, count, most, 4), np.int32)
     for i, view in enumerate(views):
@@ -125,16 +134,7 @@ def numbers_of(views: tuple[View, ...]) -> tuple[Views, np.ndarray, np.ndarray]:
         outline_count=np.int32([[len(view.outlines) for view in views]]),
         line_width=np.int32([[view.line_width for view in views]]),
     )
-    lists = [merge_order(*BUDGET.grid(view.target)) for view in views]
-    slot = np.repeat(np.arange(count, dtype=np.int32), [len(patches) for patches in lists])
-    return numbers, slot[None], np.concatenate(lists)[None]
-
-
-def merge_order(rows: int, columns: int) -> np.ndarray:
-    """[rows × columns, 2] positions, four patches of a token after each other."""
-    grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
-    tokens = grid.reshape(rows // 2, 2, columns // 2, 2, 2)
-    return tokens.transpose(0, 2, 1, 3, 4).reshape(-1, 2).astype(np.int32)
+    return numbers, np.int32([[BUDGET.grid(view.target) for view in views]])
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -186,12 +186,11 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     ratios = [b / a for a, b in zip(took["ours"], took["theirs"], strict=True)]
     low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
     ratio = best["theirs"] / best["ours"]
-    sent, boxes = ours.sent // rounds, sum(leaf.nbytes for leaf in jax.tree.leaves(ours.views))
+    sent = ours.sent // rounds
     print(
         f"{name} {height}x{width} | {patches.shape[1]:5} | {compiling:5.1f} | {levels:4.2f} | "
         f"{best['ours']:6.3f} {best['theirs']:6.3f} | {ratio:5.2f}x ({low:5.2f} {middle:5.2f} "
-        f"{high:5.2f}) {'ok' if ratio >= TARGET else 'MISSED'} | {ours.sent_once:>11,} {boxes} "
-        f"{sent - boxes:>7,} 0"
+        f"{high:5.2f}) {'ok' if ratio >= TARGET else 'MISSED'} | {ours.sent_once:>11,} {sent:>5} 0"
         f" | {patches.nbytes:,}",
         flush=True,
     )
@@ -203,8 +202,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         "levels": levels,
         "bytes": {
             "image": ours.sent_once,
-            "views": boxes,
-            "lists": sent - boxes,
+            "views": sent,
             "patches": patches.nbytes,
         },
     }
@@ -219,7 +217,7 @@ def main() -> None:
     print(
         f"{len(os.sched_getaffinity(0))} CPUs, {args.rounds} rounds, {TOKENS} tokens a view; "
         f"target {TARGET:.0f}x\nsize | patches | compiling s | levels | ours, theirs s | "
-        "theirs ÷ ours (rounds) | bytes: image, then views, lists, down | patches, which stay"
+        "theirs ÷ ours (rounds) | bytes: image, then views, down | patches, which stay"
     )
     results = [measure(size, args.rounds) for size in args.sizes]
     if args.json:

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from p2r_jax.parallel.compilations import Compilations
-from p2r_jax.qwen3_vl import load_pretrained
+from p2r_jax.qwen3_vl import inputs, load_pretrained
 from p2r_jax.qwen3_vl.processor import Processor
 from p2r_jax.roles.boxes import Box
 from p2r_jax.roles.image_store import ImageStore, render_prompts
@@ -66,6 +66,7 @@ def buckets_of(rows, sizes):
 
 
 PROGRAMS = {
+    "layout": inputs.layout_of_grids,
     "render": render_prompts,
     "prefill": engine.prefill,
     "empty slots": engine.empty_slots,
@@ -81,8 +82,10 @@ def cache_sizes():
 def programs_for(used):
     """How many programs the buckets used so far are worth."""
     tokens = {tokens for tokens, _, _ in used}
+    several = {(patches, views) for _, patches, views in used if patches}
     return {
-        "render": len({(patches, views) for _, patches, views in used if patches}),
+        "layout": len(several),
+        "render": len(several),
         "prefill": len({(tokens, patches) for tokens, patches, _ in used}),
         "empty slots": len(tokens),
         "start": len(tokens),

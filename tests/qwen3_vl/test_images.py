@@ -56,7 +56,9 @@ def on_the_device(images, targets, grids, config):
         temporal_patch_size=config.vision.temporal_patch_size,
     )
     sizes = np.array([image.shape[:2] for image in images])
-    return np.asarray(jax.jit(render)(stored, sizes, views, layout["slot"], layout["row_col"])[0])
+    return np.asarray(
+        jax.jit(render)(stored, sizes, views, layout["image_id"] - 1, layout["row_col"])[0]
+    )
 
 
 def test_tiny_and_thin_images_equal_the_reference(pair):

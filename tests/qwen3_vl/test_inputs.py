@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from p2r_jax.qwen3_vl import Qwen3VLConfig
 from p2r_jax.qwen3_vl.inputs import Patches, patch_layout, pixel_values, token_layout
 from p2r_jax.qwen3_vl.model import prompts_from_hf
+from p2r_jax.qwen3_vl.positions import patch_coordinates, position_interpolation
 from tests.qwen3_vl.reference import IMAGE, hf_config, make_batch
 
 CONFIG = Qwen3VLConfig.from_hf(hf_config("uneven"))
@@ -22,7 +26,6 @@ class TestPatchLayout:
             [0] * 20,
             [1] * 4 + [0] * 16,
         ]
-        np.testing.assert_array_equal(out["slot"], out["image_id"] - 1)
         assert out["row_col"][0, 8:16].max(0).tolist() == [3, 1]
         assert out["row_col"][0, 16:].tolist() == [[0, 0]] * 4
 
@@ -34,6 +37,28 @@ class TestPatchLayout:
     def test_a_row_over_budget_names_itself_and_the_remedy(self):
         with pytest.raises(ValueError, match=r"row 1 has 12 patches.*budget of 8.*max_pixels"):
             patch_layout([[(2, 4)], [(2, 4), (2, 2)]], CONFIG, num_patches=8)
+
+    @given(st.lists(st.lists(st.tuples(*[st.integers(1, 5)] * 2), max_size=5), min_size=1))
+    @settings(max_examples=30, deadline=None)
+    def test_each_image_is_laid_out_as_if_it_were_alone(self, halves):
+        """The device makes from grids what `patch_coordinates` lists, and reads no budget."""
+        grids = [[(2 * h, 2 * w) for h, w in row] for row in halves]
+        out = jax.device_get(patch_layout(grids, CONFIG, num_patches=512))
+        side = CONFIG.vision.position_grid
+        for row, own in enumerate(grids):
+            start = 0
+            for number, grid in enumerate(own):
+                here = slice(start, start + grid[0] * grid[1])
+                start = here.stop
+                expected = patch_coordinates(grid, 2)
+                index, weight = position_interpolation(expected, np.array(grid), side)
+                assert (out["image_id"][row, here] == number + 1).all()
+                np.testing.assert_array_equal(out["row_col"][row, here], expected)
+                np.testing.assert_array_equal(out["pos_index"][row, here], index)
+                np.testing.assert_allclose(out["pos_weight"][row, here], weight, atol=1e-6)
+            for name, empty in out.items():
+                if name != "pos_index":
+                    assert not empty[row, start:].any()
 
     def test_a_row_may_fill_its_budget(self):
         assert patch_layout([[(2, 4)]], CONFIG, num_patches=8)["image_id"].all()

@@ -70,13 +70,14 @@ def test_position_interpolation_equals_the_reference(grid, side):
         align_corners=True,
         spatial_merge_size=2,
     )
-    index, weight = position_interpolation(grid, 2, side)
+    index, weight = position_interpolation(patch_coordinates(grid, 2), np.array(grid), side)
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, atol=1e-6)
 
 
 def test_corners_of_the_position_table_align_with_corners_of_the_image():
-    index, weight = position_interpolation((4, 6), 2, 48)
+    grid = (4, 6)
+    index, weight = position_interpolation(patch_coordinates(grid, 2), np.array(grid), 48)
     read = {int(i) for i, w in zip(index[0], weight[0], strict=True) if w > 0}
     assert read == {0}
     read = {int(i) for i, w in zip(index[-1], weight[-1], strict=True) if w > 0}
