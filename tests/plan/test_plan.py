@@ -23,6 +23,7 @@ from p2r_jax.plan.search import candidates, changed, remedies, suggestions
 from p2r_jax.plan.shapes import Shapes
 from p2r_jax.rl.memory import opt_state_bytes, tree_bytes
 from p2r_jax.rl.optimizer import make_optimizer
+from tests.benchmarks import plan_matrix
 from tests.plan.small import small_model, small_run
 
 V5E = Slice.parse("v5e:2x2")
@@ -330,3 +331,31 @@ def test_the_state_lies_where_the_trainer_puts_it():
     shapes = Shapes(config, small_model(), make_mesh(1, 2, 2, jax.devices()[:4]), "xla")
     state = shapes.state(make_optimizer(config.optimizer, 1))
     assert tree_bytes(state.opt_state) == opt_state_bytes(config.optimizer, shapes.trained)
+
+
+class TestMatrix:
+    def test_a_row_says_what_binds_and_whether_it_fits(self, made):
+        found = made.as_dict()
+        assert " | fits, " in plan_matrix.line("p2r_2b", "v5e-16", found)
+        found["usable"] = found["peak"] - 2**30
+        row = plan_matrix.line("p2r_2b", "v5e-16", found)
+        assert row.startswith("| `p2r_2b` | `v5e-16` | ")
+        assert "**too much by 1.00**" in row
+        seconds = sum(max(row.seconds.values()) for row in made.rows)
+        rollout, update = row.split(" | ")[-2].split(" + ")
+        assert float(rollout) + float(update) == pytest.approx(seconds, abs=1.5)
+
+    def test_the_table_goes_between_the_marks(self, made, tmp_path, monkeypatch, capsys):
+        answers = iter([made.as_dict(), "exit code 2"])
+        monkeypatch.setattr(plan_matrix, "plan", lambda *wanted: next(answers))
+        begin, end = plan_matrix.MARKS
+        readme = tmp_path / "README.md"
+        readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+        plan_matrix.main(["--slices", "v5e-16", "--readme", str(readme)])
+        lines = readme.read_text().splitlines()
+        assert lines[:2] == ["before", begin]
+        assert lines[-2:] == [end, "after"]
+        table = lines[2:-2]
+        assert len({row.count("|") for row in table}) == 1
+        assert "| failed: exit code 2 |" in table[3]
+        assert "\n".join(table) in capsys.readouterr().out
