@@ -90,7 +90,7 @@ def _print_ranking(found: list[tuple[dict[str, Any], Plan | str]], output: str |
         if isinstance(own, str):
             rows.append((what, "", "", own))
             continue
-        seconds = f"{own.seconds:.0f}"
+        seconds = f"{own.seconds:.0f}" if own.fits else ""
         rows.append((what, gib(own.peak.total), seconds, "fits" if own.fits else "does not fit"))
     if output == "json":
         every = [own if isinstance(own, str) else own.as_dict() for _, own in found]

@@ -126,9 +126,10 @@ def make_plan(
     keep: Path | None = None,
     watch: Watch = lambda name: None,
     only: Iterable[str] | None = None,
+    give_up: bool = False,
 ) -> Plan:
     """Compile every program of the run. keep: folder of earlier results. only: names, or beginnings
-    of names, of programs.
+    of names, of programs. give_up: none after the first that does not fit.
 
     Raises ValueError for settings that do not fit the slice, RuntimeError for a program that the
     compiler refuses, ModuleNotFoundError without a compiler.
@@ -141,6 +142,8 @@ def make_plan(
             continue
         watch(program.name)
         rows.append(Row(program, compile_program(program, where, mesh, keep), where))
+        if give_up and rows[-1].total > where.chip.usable:
+            break
     return Plan(where, dict(mesh.shape), rows)
 
 

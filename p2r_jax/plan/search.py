@@ -94,7 +94,7 @@ def suggestions(
 
 
 def candidates(config: TrainConfig, model: Qwen3VLConfig, where: Slice) -> Iterator[Change]:
-    """Meshes whose heads divide, and microbatches that they divide."""
+    """Meshes whose heads divide, and microbatches that they divide, the smallest first."""
     chips = where.mesh(dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=1)).size
     prompts = [phase.prompts // phase.minibatches for phase in config.phases]
     tensor = 1
@@ -119,14 +119,24 @@ def search(
     watch: Watch = lambda name: None,
 ) -> list[tuple[Change, Plan | str]]:
     """A plan for each candidate: those that fit, the fastest first, then the others, then what
-    cannot be, with the reason."""
+    cannot be, with the reason.
+
+    The plan of one that does not fit ends with the first program that is too large, and larger
+    microbatches on its mesh are not tried.
+    """
     found: list[tuple[Change, Plan | str]] = []
+    too_large: dict[int, Change] = {}
     for change in candidates(config, model, where):
+        if smaller := too_large.get(change["mesh.tensor"]):
+            found.append((change, f"microbatch {smaller['microbatch']} does not fit already"))
+            continue
         name = ", ".join(f"{k} {v}" for k, v in change.items())
         tell = functools.partial(lambda name, program: watch(f"{name}: {program}"), name)
         try:
-            plan = make_plan(changed(config, change), model, where, keep, tell)
+            plan = make_plan(changed(config, change), model, where, keep, tell, give_up=True)
             found.append((change, plan))
+            if not plan.fits:
+                too_large[change["mesh.tensor"]] = change
         except (ValueError, RuntimeError) as error:
             found.append((change, str(error)))
 

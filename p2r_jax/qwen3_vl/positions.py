@@ -46,7 +46,7 @@ def position_interpolation(
     # In whole numbers, since accelerators divide inexactly: a floor must not fall short.
     low, rest = jnp.divmod(row_col * (table_side - 1), last)
     high = jnp.minimum(low + 1, table_side - 1)
-    # Rounded like the reference's, which takes the fraction of the float32 position.
+    # Rounded as the reference's, which takes the fraction of the float32 position.
     where = low + rest.astype(jnp.float32) / last.astype(jnp.float32)
     fr, fc = jnp.moveaxis(where - low, -1, 0)
     (r0, c0), (r1, c1) = jnp.moveaxis(low, -1, 0), jnp.moveaxis(high, -1, 0)

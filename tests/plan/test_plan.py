@@ -15,6 +15,7 @@ from p2r_jax.ops.splash import Rule, executed_scores
 from p2r_jax.parallel.flops import matmul_flops
 from p2r_jax.parallel.mesh import make_mesh
 from p2r_jax.plan import compile as compiling
+from p2r_jax.plan import search as searching
 from p2r_jax.plan.chips import GIB, Slice
 from p2r_jax.plan.command import plan as plan_command
 from p2r_jax.plan.programs import programs
@@ -279,6 +280,41 @@ class TestSearch:
         assert {change["mesh.tensor"] for change in found} == {1, 2}  # two key-value heads
         assert {c["microbatch"] for c in found if c["mesh.tensor"] == 2} == {2, 4, 8}
         assert {c["microbatch"] for c in found if c["mesh.tensor"] == 1} == {4, 8}
+
+    def test_the_fastest_that_fits_comes_first_and_hopeless_ones_are_not_compiled(
+        self, made, monkeypatch, keep
+    ):
+        """Of tensor 1, larger microbatches; the plans are made up from one that was compiled."""
+        asked = []
+
+        def fake(config, model, where, keep, watch, give_up):
+            asked.append((config.mesh.tensor, config.phases[0].microbatch))
+            if asked[-1] == (2, 8):
+                raise ValueError("heads do not divide")
+            usable = made.peak.total - (config.mesh.tensor == 1)
+            where = dataclasses.replace(where, chip=dataclasses.replace(where.chip, usable=usable))
+            # A larger microbatch is faster.
+            rows = made.rows[: len(made.rows) - config.phases[0].microbatch]
+            return dataclasses.replace(made, where=where, rows=[*rows, made.peak])
+
+        monkeypatch.setattr(searching, "make_plan", fake)
+        found = searching.search(small_run(), small_model(), V5E, keep)
+        assert asked == [(1, 4), (2, 2), (2, 4), (2, 8)]
+        ranked = [(c["mesh.tensor"], c["microbatch"]) for c, _ in found]
+        assert ranked[:3] == [(2, 4), (2, 2), (1, 4)]
+        assert [own.fits for _, own in found[:3]] == [True, True, False]
+        reasons = {(c["mesh.tensor"], c["microbatch"]): own for c, own in found[3:]}
+        assert reasons == {
+            (1, 8): "microbatch 4 does not fit already",
+            (2, 8): "heads do not divide",
+        }
+
+    def test_a_search_gives_up_at_the_first_program_that_does_not_fit(self, keep, made):
+        chip = dataclasses.replace(V5E.chip, usable=made.rows[0].total - 1)
+        where = dataclasses.replace(V5E, chip=chip)
+        plan = make_plan(small_run(), small_model(), where, keep, give_up=True)
+        assert [row.program.name for row in plan.rows] == [made.rows[0].program.name]
+        assert not plan.fits
 
     def test_remedies_for_each_stage(self, made):
         by_stage = {row.program.stage: row for row in made.rows}
