@@ -20,9 +20,10 @@ def groups(attributes: str, devices: int) -> list[Int[np.ndarray, " N"]]:
 
     Raises ValueError for a notation that is none of the above.
     """
-    if pairs := re.search(r"source_target_pairs=\{(.*?)\}(?:,|$)", attributes):
+    braces = r"=\{((?:\{[\d,]*\},?)*)\}"
+    if pairs := re.search("source_target_pairs" + braces, attributes):
         return [np.array(pair) for pair in _lists(pairs[1])]
-    if listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes):
+    if listed := re.search("replica_groups" + braces, attributes):
         return [np.array(group) for group in _lists(listed[1])] or [np.arange(devices)]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+?)(?:, |$)", attributes):
         return list(_iota(iota[2]).reshape(_numbers(iota[1])))
