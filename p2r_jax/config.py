@@ -213,10 +213,10 @@ class RolloutConfig:
     columns: int | None = None
     """Completions of a prompt that decode at once; null = the whole group."""
     refill: int | None = None
-    """Free slots that are filled together, of the policy, the partner and evaluations; null = a
+    """Free slots that are filled together, of the policy and of `greedy_slots`; null = a
     quarter of the slots, or all at once if every prompt of the policy has a slot."""
     greedy_slots: int = 64
-    """As `slots`, for the partner and for evaluations."""
+    """As `slots`, for the partner and for evaluations while training."""
 
 
 @dataclasses.dataclass

@@ -36,10 +36,13 @@ def groups(attributes: str, devices: int) -> list[Int[np.ndarray, " N"]]:
     return [np.arange(devices)]
 
 
-def between(attributes: str, islands: Sequence[int]) -> bool:
-    """Whether some group has devices of several islands. islands: of each device the number."""
+def between(attributes: str, islands: Sequence[int]) -> int:
+    """How many devices of an island take part in a group that has several islands; 0 if no group
+    has. islands: of each device the number."""
     where = np.asarray(islands)
-    return any(len(set(where[group])) > 1 for group in groups(attributes, len(where)))
+    each = [where[group] for group in groups(attributes, len(where))]
+    shares = [len(own) // len(set(own)) for own in each if len(set(own)) > 1]
+    return max(1, min(shares)) if shares else 0
 
 
 def _numbers(text: str) -> list[int]:

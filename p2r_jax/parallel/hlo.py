@@ -1,8 +1,8 @@
 """What a compiled program consists of, and which collectives it runs.
 
-Reads the text of the optimised program, `compiled.as_text()`, of the TPU or the CPU compiler; a
-program compiled ahead of time needs no device. Numbers are bytes on one device. The format is
-XLA's HLO (openxla.org/xla/operation_semantics, openxla.org/xla/tiled_layout). Memory spaces are
+Reads the text of the optimised program, `compiled.as_text()`, of the compiler for TPUs, GPUs or
+CPUs; a program compiled ahead of time needs no device. Numbers are bytes on one device. The format
+is XLA's HLO (openxla.org/xla/operation_semantics, openxla.org/xla/tiled_layout). Memory spaces are
 those that the TPU compiler prints in layouts: none is HBM, `S(1)` VMEM, `S(2)` semaphores, `S(5)`
 the host, `S(6)` scalar memory.
 """
@@ -228,8 +228,9 @@ class Collective:
     loops: tuple[str, ...]
     """The loops around it, outermost first."""
     instruction: Instruction
-    between: bool
-    """Whether it goes over the network between slices or nodes."""
+    between: int
+    """If it goes over the network between slices or nodes, how many devices of one take part and
+    share its bytes; else 0."""
 
 
 def collectives(
@@ -251,7 +252,7 @@ def collectives(
     for i, times, inside in program.executed(loop, trips):
         if i.opcode == "recv" and (way := re.search(_MEGASCALE, i.attributes)):
             kind = way[1].lower().replace("_", "-")
-            found.append(Collective(kind, i.outputs[0].bytes, times, inside, i, True))
+            found.append(Collective(kind, i.outputs[0].bytes, times, inside, i, 1))
         scatter = any(name.startswith("all-reduce-scatter") for name in i.called)
         inner = list(program.fused(i))
         started = any("AsyncCollectiveStart" in j.attributes for j in inner)
@@ -260,7 +261,15 @@ def collectives(
             if kind in COLLECTIVES and (started or "chain_id=" not in j.attributes):
                 shape, kind = (i, "reduce-scatter") if scatter else (j, kind)
                 size = sum(b.bytes for b in shape.outputs)
-                start = program[j.computation][j.operands[0]] if j.opcode.endswith("-done") else j
-                crosses = islands is not None and between(start.attributes, islands)
+                crosses = 0
+                if islands is not None:
+                    crosses = between(_start(program[j.computation], j).attributes, islands)
                 found.append(Collective(kind, size, times, inside, j, crosses))
     return found
+
+
+def _start(c: Computation, i: Instruction) -> Instruction:
+    """Of what ends an asynchronous collective, what started it; others are their own start."""
+    while i.opcode.endswith("-done") or i.opcode in ("opt-barrier", "get-tuple-element", "tuple"):
+        i = c[i.operands[0]]
+    return i

@@ -91,7 +91,9 @@ def _print_ranking(found: list[tuple[dict[str, Any], Plan | str]], output: str |
             rows.append((what, "", "", own))
             continue
         seconds = f"{own.seconds:.0f}" if own.fits else ""
-        rows.append((what, gib(own.peak.total), seconds, "fits" if own.fits else "does not fit"))
+        least = "" if own.complete else "at least "
+        end = "fits" if own.fits else "does not fit"
+        rows.append((what, least + gib(own.peak.total), seconds, end))
     if output == "json":
         every = [own if isinstance(own, str) else own.as_dict() for _, own in found]
         print(

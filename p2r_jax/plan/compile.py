@@ -28,11 +28,12 @@ from p2r_jax.parallel.traffic import bytes_accessed
 from p2r_jax.plan.chips import Slice, islands
 from p2r_jax.plan.programs import Program
 
-FORMAT = 2
+FORMAT = 3
 """Of kept results; another number makes them be computed anew."""
 
 
 BETWEEN = " between slices"
+"""Behind the kind of a collective that goes over the network between slices or nodes."""
 
 
 @dataclasses.dataclass
@@ -110,7 +111,9 @@ def _read(program: Program, traced: Any, compiled: Any, mesh: Mesh) -> Compiled:
     loop = data_dependent_loop(text) if program.loop else None
     exchanged: collections.Counter[str] = collections.Counter()
     for one in collectives(text, loop=loop, trips=1, islands=islands(mesh)):
-        exchanged[one.kind + BETWEEN * one.between] += one.bytes * one.times
+        # Devices of an island that take part share what comes from outside.
+        name, share = (one.kind + BETWEEN, one.between) if one.between else (one.kind, 1)
+        exchanged[name] += one.bytes * one.times // share
 
     def kernel_bytes(instruction: Any) -> int | None:
         # On a GPU only the source of the call tells its name.
@@ -154,6 +157,8 @@ def _kernel_flops(scores: dict[int, int]) -> Any:
         if name.startswith("flash"):
             queries = next(var.aval for var in equation.invars if len(var.aval.shape) == 4)
             rows, sequence, heads, width = queries.shape
+            if sequence not in scores:
+                return None
             return 2.0 * products * width * scores[sequence] * rows * heads
         shapes = [var.aval.shape for var in equation.outvars if len(var.aval.shape) > 2]
         *lead, sequence, width = max(shapes, key=math.prod)

@@ -287,13 +287,18 @@ def _update(
             1,
             scores=scores,
         )
-    anchor = shapes.anchor(learning)
+    anchor, of_anchor = shapes.anchor(learning), dict[int, int]()
     moments = {k: v for k, v in beside.items() if not k.startswith("trained weights")}
-    if anchor is not None and not phase.role_anchor:
+    if anchor is not None:
         idle = anchor.tokens.shape[2] - 1
         prompt = anchor.prompts.tokens.shape[1]
         assert anchor.prompts.patches is not None
         patches = anchor.prompts.patches.pixels.shape[1]
+        of_anchor = {
+            prompt + idle: executed(prompt, 1, idle),
+            patches: executed(patches, causal=False),
+        }
+    if anchor is not None and not phase.role_anchor:
         batch = {"batch of the update": tree_bytes(shapes.batch(learning, reference=True))}
         yield Program(
             f"drift of the other role, {anchor.tokens.shape[0]} × ({prompt} + {idle + 1})",
@@ -301,10 +306,7 @@ def _update(
             lambda: anchor_drift.trace(shapes.trained, anchor=anchor, allowed=allowed, **shared),
             moments | snapshot | batch,
             1,
-            scores={
-                prompt + idle: executed(prompt, 1, idle),
-                patches: executed(patches, causal=False),
-            },
+            scores=of_anchor,
         )
     optimizer = make_optimizer(config.optimizer, 1)
     state = shapes.state(optimizer)
@@ -328,5 +330,5 @@ def _update(
         ),
         images | snapshot,
         phase.updates_per_step,
-        scores=scores,
+        scores=scores | of_anchor if phase.role_anchor else scores,
     )

@@ -90,6 +90,8 @@ class Plan:
     where: Slice
     mesh: dict[str, int]
     rows: list[Row]
+    complete: bool = True
+    """False if it was given up after the last row, which does not fit."""
 
     @property
     def peak(self) -> Row:
@@ -112,8 +114,9 @@ class Plan:
             "mesh": self.mesh,
             "usable": self.where.chip.usable,
             "fits": self.fits,
+            "complete": self.complete,
             "peak": self.peak.total,
-            "seconds": self.seconds,
+            "seconds": self.seconds if self.complete else None,
             "efficiency": EFFICIENCY,
             "programs": [row.as_dict() for row in self.rows],
         }
@@ -136,15 +139,17 @@ def make_plan(
     """
     mesh = where.mesh(config.mesh)
     shapes = Shapes(config, model, mesh, where.chip.kernels)
-    rows = []
+    rows: list[Row] = []
+    complete = True
     for program in programs(shapes):
         if only is not None and not any(program.name.startswith(name) for name in only):
             continue
         watch(program.name)
         rows.append(Row(program, compile_program(program, where, mesh, keep), where))
         if give_up and rows[-1].total > where.chip.usable:
+            complete = False
             break
-    return Plan(where, dict(mesh.shape), rows)
+    return Plan(where, dict(mesh.shape), rows, complete)
 
 
 def gib(size: float) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from p2r_jax.config import TrainConfig
-from p2r_jax.plan.chips import Slice
+from p2r_jax.plan.chips import Slice, islands
 from p2r_jax.plan.report import Plan, Row, Watch, gib, make_plan
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig
 
@@ -95,19 +95,20 @@ def suggestions(
 
 def candidates(config: TrainConfig, model: Qwen3VLConfig, where: Slice) -> Iterator[Change]:
     """Meshes whose heads divide, and microbatches that they divide, the smallest first."""
-    chips = where.mesh(dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=1)).size
+    mesh = where.mesh(dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=1))
+    # Between slices or nodes only gradients are summed up.
+    chips, data = mesh.size, len(set(islands(mesh)))
     prompts = [phase.prompts // phase.minibatches for phase in config.phases]
     tensor = 1
     while tensor <= chips:
         heads = (model.text.num_key_value_heads, model.vision.num_heads)
         if chips % tensor == 0 and not any(n % tensor for n in heads):
-            data = where.slices
             shards = chips // tensor
             for times in (1, 2, 4):
                 micro = shards * times
                 if shards % data == 0 and all(n % micro == 0 for n in prompts):
-                    mesh = {"mesh.data": data, "mesh.fsdp": -1, "mesh.tensor": tensor}
-                    yield mesh | {"microbatch": micro}
+                    change = {"mesh.data": data, "mesh.fsdp": -1, "mesh.tensor": tensor}
+                    yield change | {"microbatch": micro}
         tensor *= 2
 
 

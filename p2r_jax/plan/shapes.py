@@ -151,7 +151,7 @@ class Shapes:
         if learning.role in PARTNER:
             greedy = Sampling(phase.partner_max_new_tokens, temperature=0.0)
             every = learning.prompts * (learning.group if learning.role == "perceiver" else 1)
-            slots = greedy_schedule(min(settings.greedy_slots, every), rings, settings.refill)
+            slots = greedy_schedule(settings.greedy_slots, rings, settings.refill)
             found.append(self._rollout(PARTNER[learning.role], False, every, greedy, slots))
         return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from p2r_jax.parallel.multihost import put
 from p2r_jax.qwen3_vl.config import Qwen3VLConfig, VisionConfig
 from p2r_jax.qwen3_vl.positions import (
     Grid,
+    check_grid,
     coordinates_at,
     position_interpolation,
     rope_positions,
@@ -85,20 +87,21 @@ def patch_layout(
 
     grids: for each row, the (h, w) of its images in patches. Only these go to the device, which
     makes the rest of them. where: how rows are split. Raises ValueError if a row exceeds
-    `num_patches`.
+    `num_patches`, or for a grid that does not divide into blocks.
     """
+    merge, side = config.vision.spatial_merge_size, config.vision.position_grid
     for row, row_grids in enumerate(grids):
         if (total := sum(h * w for h, w in row_grids)) > num_patches:
             raise ValueError(
                 f"row {row} has {total} patches, more than the budget of {num_patches}: "
                 "raise the patch bucket or lower max_pixels"
             )
+        for grid in row_grids:
+            check_grid(grid, merge)
     sizes = np.zeros((len(grids), round_up(max(map(len, grids))), 2), np.int32)
     for row, row_grids in enumerate(grids):
         sizes[row, : len(row_grids)] = np.reshape(row_grids, (-1, 2))
-    vision = config.vision
-    merge, side = vision.spatial_merge_size, vision.position_grid
-    return layout_of_grids(put(sizes, where), size=num_patches, merge=merge, side=side, where=where)
+    return layout_program(where)(put(sizes, where), size=num_patches, merge=merge, side=side)
 
 
 def round_up(images: int) -> int:
@@ -106,11 +109,10 @@ def round_up(images: int) -> int:
     return 1 if images <= 1 else max(4, 1 << (images - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames=("size", "merge", "side", "where"))
 def layout_of_grids(
-    grids: Int[Array, "B S 2"], *, size: int, merge: int, side: int, where: NamedSharding | None
+    grids: Int[Array, "B S 2"], *, size: int, merge: int, side: int
 ) -> dict[str, Array]:
-    """As `patch_layout`; an image of no patches is none."""
+    """`patch_layout` of grids on the device; one of no patches is no image."""
     counts = grids.prod(-1)
     ends = jnp.cumsum(counts, axis=-1)
     place = jnp.arange(size)[None]
@@ -123,13 +125,18 @@ def layout_of_grids(
     place = jnp.where(real, place - of_image(ends - counts), 0)
     row_col = jnp.stack(coordinates_at(place, grid[..., 1], merge), -1)
     index, weight = position_interpolation(row_col, grid, side)
-    layout = {
+    return {
         "row_col": row_col,
         "image_id": jnp.where(real, image + 1, 0),
         "pos_index": index,
         "pos_weight": jnp.where(real[..., None], weight, 0.0),
     }
-    return layout if where is None else jax.lax.with_sharding_constraint(layout, where)
+
+
+@functools.cache
+def layout_program(where: NamedSharding | None) -> Any:
+    """`layout_of_grids`, compiled for rows that are split like this."""
+    return jax.jit(layout_of_grids, static_argnames=("size", "merge", "side"), out_shardings=where)
 
 
 def token_layout(

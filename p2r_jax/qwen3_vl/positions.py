@@ -20,10 +20,23 @@ Grid = tuple[int, int]
 
 @functools.lru_cache(maxsize=4096)
 def patch_coordinates(grid: Grid, merge_size: int) -> np.ndarray:
-    """Row and column of each patch, int32 [h*w, 2], in merge-block order."""
+    """Row and column of each patch, int32 [h*w, 2], in merge-block order.
+
+    Raises ValueError if the grid does not divide into blocks.
+    """
     h, w = grid
+    check_grid(grid, merge_size)
     places = coordinates_at(np.arange(h * w, dtype=np.int32), np.int32(w), merge_size)
     return np.stack(places, -1)
+
+
+def check_grid(grid: Grid, merge_size: int) -> None:
+    """Raise ValueError if a grid does not divide into blocks of patches."""
+    if grid[0] % merge_size or grid[1] % merge_size:
+        raise ValueError(
+            f"an image of {grid[0]}x{grid[1]} patches does not divide into blocks of {merge_size}x"
+            f"{merge_size}: resize its sides to multiples of patch size × {merge_size} pixels"
+        )
 
 
 def coordinates_at(place: Any, width: Any, merge_size: int) -> tuple[Any, Any]:

@@ -60,7 +60,7 @@ QUESTIONS = 4
 SCANNED = 512
 """Rows of each split that are measured and decoded."""
 MORE_ROOM = {
-    "rollout": "lower rollout.slots, columns or greedy_slots, or raise mesh.tensor",
+    "rollout": "lower rollout.slots, columns, refill or greedy_slots, or raise mesh.tensor",
     "update": "raise mesh.fsdp or mesh.tensor, or set optimizer.name adafactor",
 }
 """What to do about a stage that takes too much memory."""

@@ -345,9 +345,12 @@ def _step(
 
     # The last tokens of the last completions need not be fed. The caches stay outside of the
     # conditional, which would copy them on a GPU.
-    feed = functools.partial(_feed, model, prefix, state, token)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(feed))
-    keys, values, hidden = jax.lax.cond(feeds.any(), feed, lambda: nothing)
+    nothing = jax.tree.map(
+        jnp.zeros_like, (state.keys[..., :1, :], state.values[..., :1, :], state.hidden)
+    )
+    keys, values, hidden = jax.lax.cond(
+        feeds.any(), lambda: _feed(model, prefix, state, token), lambda: nothing
+    )
     place = state.clock % state.keys.shape[4]
     keys, values = (
         jax.lax.dynamic_update_slice_in_dim(cache, new, place, axis=4)

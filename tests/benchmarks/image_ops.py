@@ -95,7 +95,7 @@ class Ours:
         patches = sum(math.prod(BUDGET.grid(target)) for target in targets)
 
         def render_views(images: Any, sizes: Any, views: Views, grids: Any) -> Any:
-            layout = layout_of_grids(grids, size=patches, merge=BUDGET.merge, side=48, where=None)
+            layout = layout_of_grids(grids, size=patches, merge=BUDGET.merge, side=48)
             return render_patches(
                 images,
                 sizes,

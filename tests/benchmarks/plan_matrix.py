@@ -36,6 +36,10 @@ WANTED = [
     ("p2r_8b", "h100-8", "h100:8"),
 ]
 """Recipe, file in configs/mesh, topology."""
+HEAD = (
+    "| recipe | slice | GiB a chip, rollout | update | usable | | seconds, rollout + update | "
+    "slowest compile, s |\n|---|---|---|---|---|---|---|---|"
+)
 MARKS = "<!-- plan:begin -->", "<!-- plan:end -->"
 
 
@@ -92,11 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--slices", nargs="+", default=sorted({m for _, m, _ in WANTED}))
     parser.add_argument("--readme", type=Path, help="file with marks between which the table goes")
     args = parser.parse_args(arguments)
-    lines = [
-        "| recipe | slice | GiB a chip, rollout | update | usable | | seconds, rollout + update | "
-        "slowest compile, s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [HEAD]
     print(*lines, sep="\n", flush=True)
     for name, mesh, topology in WANTED:
         if name in args.recipes and mesh in args.slices:

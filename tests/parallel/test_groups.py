@@ -60,10 +60,27 @@ def test_an_iota_equals_its_list(order, shape, kept):
     assert listed(iota, size) == listed(f"replica_groups={written}", size) == by_group.tolist()
 
 
-def test_between_islands():
-    attributes = "replica_groups={{0,1},{2,3}}"
-    assert not between(attributes, [0, 0, 1, 1])
-    assert between(attributes, [0, 1, 0, 1])
+def test_between_islands_devices_of_one_share_what_comes_from_another():
+    pairs = "replica_groups={{0,1},{2,3}}"
+    assert between(pairs, [0, 0, 1, 1]) == 0
+    assert between(pairs, [0, 1, 0, 1]) == 1
+    assert between("replica_groups={{0,1,2,3},{4,5,6,7}}", [0, 0, 1, 1] * 2) == 2
+    assert between("replica_groups={{0,1,2,3},{4,5,6,7}}", [0, 1, 0, 1, 2, 2, 2, 2]) == 2
+    assert between("", [0] * 8 + [1] * 8) == 8
+
+
+def test_the_groups_of_a_collective_are_those_of_its_start():
+    """Whatever XLA puts between its start and its end."""
+    text = """
+ENTRY %main (x: bf16[8,8]) -> bf16[32,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %s = (bf16[8,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%x), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %b = (bf16[8,8]{1,0}, bf16[32,8]{1,0}) opt-barrier(%s)
+  ROOT %d = bf16[32,8]{1,0} all-gather-done(%b)
+}
+"""  # noqa: E501 (as XLA prints it)
+    assert [c.between for c in collectives(text, islands=[0, 0, 1, 1])] == [0]
+    assert [c.between for c in collectives(text, islands=[0, 1, 0, 1])] == [1]
 
 
 @pytest.mark.parametrize("name, slices", [("v5e:2x2", 2), ("h100:16", 1)])

@@ -173,6 +173,17 @@ class TestFlops:
         assert skipped > 0
         assert plain - kernel == pytest.approx(4 * rows * layers * heads * width * skipped)
 
+    @pytest.mark.parametrize("kernels", ["pallas_tpu", "pallas_gpu"])
+    @pytest.mark.parametrize("name, weight", [("drift", 0.0), ("update", 0.1)])
+    def test_the_other_role_can_be_counted(self, kernels, name, weight):
+        """As a program of its own, or where the update holds on to it."""
+        config = small_run()
+        config.phases[0].role_anchor = weight
+        shapes = Shapes(config, small_model(), make_mesh(1, 2, 2, jax.devices()[:4]), kernels)
+        (program,) = (p for p in programs(shapes) if p.name.startswith(name))
+        flops = compiling._kernel_flops(program.scores)
+        assert matmul_flops(program.trace().jaxpr, trips=1, kernel_flops=flops) > 1e9
+
     def test_scores_of_the_blocks_that_a_gpu_visits(self):
         """Against the rule itself, block by block."""
         rule, blocks = Rule(2560 + 8 * 63, 2560, 63), triton_attention.BY_QUERIES
@@ -315,6 +326,8 @@ class TestSearch:
         plan = make_plan(small_run(), small_model(), where, keep, give_up=True)
         assert [row.program.name for row in plan.rows] == [made.rows[0].program.name]
         assert not plan.fits
+        told = plan.as_dict()
+        assert (told["complete"], told["seconds"]) == (False, None)
 
     def test_remedies_for_each_stage(self, made):
         by_stage = {row.program.stage: row for row in made.rows}
@@ -370,16 +383,30 @@ def test_the_state_lies_where_the_trainer_puts_it():
 
 
 class TestMatrix:
-    def test_a_row_says_what_binds_and_whether_it_fits(self, made):
+    def test_a_row_has_the_tightest_memory_the_roofline_and_the_slowest_compile(self, made):
         found = made.as_dict()
-        assert " | fits, " in plan_matrix.line("p2r_2b", "v5e-16", found)
-        found["usable"] = found["peak"] - 2**30
+        for program in found["programs"]:
+            program["total"], program["compile_seconds"] = 2**30, 7.0
+            program["seconds"] = {"compute": 1.0, "memory": 10.0}
+        count = lambda stage: sum(p["stage"] == stage for p in found["programs"])
+        longest = next(p for p in found["programs"] if p["stage"] == "update")
+        longest |= {"total": 5 * 2**29, "compile_seconds": 41.2}
+        seconds = f"{10 * count('rollout')} + {10 * count('update')}"
+        found |= {"usable": 4 * 2**30, "peak": 5 * 2**29}
         row = plan_matrix.line("p2r_2b", "v5e-16", found)
-        assert row.startswith("| `p2r_2b` | `v5e-16` | ")
-        assert "**too much by 1.00**" in row
-        seconds = sum(max(row.seconds.values()) for row in made.rows)
-        rollout, update = row.split(" | ")[-2].split(" + ")
-        assert float(rollout) + float(update) == pytest.approx(seconds, abs=1.5)
+        assert row == (
+            f"| `p2r_2b` | `v5e-16` | 1.00 | 2.50 | 4.00 | fits, 1.50 left | {seconds} | 41 |"
+        )
+        found["usable"] = 2**30
+        assert "| **too much by 1.50** |" in plan_matrix.line("p2r_2b", "v5e-16", found)
+
+    def test_the_readme_has_the_columns_of_the_command(self):
+        text = (plan_matrix.ROOT / "launch" / "README.md").read_text()
+        begin, end = plan_matrix.MARKS
+        table = text.split(begin)[1].split(end)[0].strip().splitlines()
+        assert "\n".join(table[:2]) == plan_matrix.HEAD
+        told = {tuple(row.replace("`", "").split(" | ")[:2]) for row in table[2:]}
+        assert told == {(f"| {name}", mesh) for name, mesh, _ in plan_matrix.WANTED}
 
     def test_the_table_goes_between_the_marks(self, made, tmp_path, monkeypatch, capsys):
         answers = iter([made.as_dict(), "exit code 2"])

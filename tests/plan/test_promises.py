@@ -82,7 +82,7 @@ def test_decoding_copies_no_cache(made):
     for row, rollout in zip(decoding(made), rollouts, strict=True):
         caches = shapes.slots(rollout, rollout.slots.rings[-1])
         read = sum(tree_bytes((own.keys, own.values)) for own in caches)
-        assert row.compiled.moved < 1.35 * (weights + read) + copies, row.program.name
+        assert row.compiled.moved < 1.05 * (weights + read) + copies, row.program.name
         assert rollout.slots.slots % batch_shards(shapes.mesh) == 0
 
 

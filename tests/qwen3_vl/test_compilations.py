@@ -66,7 +66,7 @@ def buckets_of(rows, sizes):
 
 
 PROGRAMS = {
-    "layout": inputs.layout_of_grids,
+    "layout": inputs.layout_program(None),
     "render": render_prompts,
     "prefill": engine.prefill,
     "empty slots": engine.empty_slots,

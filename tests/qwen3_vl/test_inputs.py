@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2r_jax.parallel.mesh import batch_sharding, make_mesh
 from p2r_jax.qwen3_vl import Qwen3VLConfig
 from p2r_jax.qwen3_vl.inputs import Patches, patch_layout, pixel_values, token_layout
 from p2r_jax.qwen3_vl.model import prompts_from_hf
@@ -59,6 +60,15 @@ class TestPatchLayout:
             for name, empty in out.items():
                 if name != "pos_index":
                     assert not empty[row, start:].any()
+
+    def test_a_grid_that_is_no_whole_blocks_names_itself(self):
+        with pytest.raises(ValueError, match="4x3 patches does not divide into blocks of 2x2"):
+            patch_layout([[(4, 4)], [(4, 3)]], CONFIG, num_patches=64)
+
+    def test_it_lies_where_it_is_asked_to(self):
+        where = batch_sharding(make_mesh(1, 2, 2, jax.devices()[:4]))
+        out = patch_layout([[(2, 4)], [(2, 2)]], CONFIG, 8, where)
+        assert {name: x.sharding for name, x in out.items()} == dict.fromkeys(out, where)
 
     def test_a_row_may_fill_its_budget(self):
         assert patch_layout([[(2, 4)]], CONFIG, num_patches=8)["image_id"].all()
