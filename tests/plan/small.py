@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from p2r_jax.config import BucketConfig, MeshConfig, ModelConfig, PhaseConfig, TrainConfig
+from p2r_jax.config import (
+    BucketConfig,
+    MeshConfig,
+    ModelConfig,
+    PhaseConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from p2r_jax.qwen3_vl import Qwen3VLConfig
 from p2r_jax.qwen3_vl.published import published
 
@@ -43,6 +50,7 @@ def small_run(**settings) -> TrainConfig:
                 canvas=[512],
                 image=[1024],
             ),
+            "rollout": RolloutConfig(greedy_slots=8),
             "phases": [PhaseConfig(role="reasoner", microbatch=4, **phase)],
             **settings,
         }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 
 import jax
 import numpy as np
@@ -30,15 +32,22 @@ from tests.plan.small import small_model, small_run
 V5E = Slice.parse("v5e:2x2")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def keep(tmp_path_factory):
-    return tmp_path_factory.mktemp("plans")
+    """A folder of all test processes: one compiles for the others."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "plans"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
-@pytest.fixture(scope="module")
+# Of the session: a worker runs the classes of this file at different times, and this takes minutes.
+@pytest.fixture(scope="session")
 def made(keep):
     pytest.importorskip("libtpu", reason="no TPU compiler (libtpu) in this environment")
-    return make_plan(small_run(), small_model(), V5E, keep)
+    with (keep / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return make_plan(small_run(), small_model(), V5E, keep)
 
 
 @pytest.fixture(scope="module")
@@ -276,12 +285,13 @@ class TestCache:
         again = make_plan(small_run(), small_model(), V5E, keep)
         assert [row.as_dict() for row in again.rows] == [row.as_dict() for row in made.rows]
 
-    def test_another_program_is_another_entry(self, keep, made):
+    def test_another_program_is_another_entry(self, tmp_path):
+        pytest.importorskip("libtpu", reason="no TPU compiler (libtpu) in this environment")
         other = changed(small_run(), {"rollout.columns": 1})
-        before = set(keep.iterdir())
-        (row,) = make_plan(other, small_model(), V5E, keep, only=["decode, reasoner"]).rows
-        assert len(set(keep.iterdir()) - before) == 1
-        assert row.program.name == "decode, reasoner, 8 × 1, 64 tokens"
+        for run, columns, entries in ((small_run(), 2, 1), (small_run(), 2, 1), (other, 1, 2)):
+            (row,) = make_plan(run, small_model(), V5E, tmp_path, only=["decode, reasoner"]).rows
+            assert row.program.name == f"decode, reasoner, 8 × {columns}, 64 tokens"
+            assert len(list(tmp_path.iterdir())) == entries
 
 
 class TestSearch:
