@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(sys.prefix) / "compilers"
 
@@ -22,6 +24,17 @@ def requirements() -> list[str]:
     # Of CUDA only the assembler and its library of device functions.
     cuda = [f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}"]
     return [*libtpu, *cuda, "nvidia-cuda-nvcc==13.*", "nvidia-nvvm==13.*"]
+
+
+def mesh_or_skip(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `make` gives, a mesh of chips that are not there; skips the test, and says which package
+    is missing, on machines for which there is no compiler. Nothing else may fail this way."""
+    import pytest  # Not there yet where this file is run as a script.
+
+    try:
+        return make(*args, **kwargs)
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
 
 
 if __name__ == "__main__":

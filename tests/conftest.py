@@ -43,6 +43,18 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def whole_compilation():
+    """Undoes `quick_compilation`, which stays on until the end of the module: for tests that look
+    at what the compiler makes of a program."""
+    import jax
+
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory):
     """Folder of the tiny model's tokenizer, config and processor files; no weights."""

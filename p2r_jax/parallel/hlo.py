@@ -252,6 +252,7 @@ def collectives(
     for i, times, inside in program.executed(loop, trips):
         if i.opcode == "recv" and (way := re.search(_MEGASCALE, i.attributes)):
             kind = way[1].lower().replace("_", "-")
+            kind = "collective-permute" if kind == "one-to-one" else kind
             found.append(Collective(kind, i.outputs[0].bytes, times, inside, i, 1))
         scatter = any(name.startswith("all-reduce-scatter") for name in i.called)
         inner = list(program.fused(i))

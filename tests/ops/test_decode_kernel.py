@@ -18,6 +18,7 @@ from p2r_jax.ops import attention as reference
 from p2r_jax.ops import decode_kernel
 from p2r_jax.ops.decode_kernel import decode_attention, schedule
 from p2r_jax.parallel.topology import tpu_mesh
+from tests.compilers import mesh_or_skip
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -152,42 +153,37 @@ class TestReads:
             pltpu.reset_tpu_interpret_mode_state()
 
 
-class TestCompilesForTpu:
-    @pytest.fixture(autouse=True)
-    def _compiler(self, quick_compilation):
-        """Undisturbed by what this module's other tests save time with."""
-        pytest.importorskip("libtpu")
-        jax.config.update("jax_disable_most_optimizations", False)
-        yield
-        jax.config.update("jax_disable_most_optimizations", True)
+def full_size(mesh, layers, batch, prompt, past, heads):
+    """Abstract arguments of a step of eight completions a row, whole on one chip."""
+    whole = NamedSharding(mesh, PartitionSpec())
 
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
+
+    group, kv_heads, width = 8, 8, 128
+    new = shape(batch, group, kv_heads, width)
+    return (
+        shape(batch, group, heads, width),
+        new,
+        new,
+        (shape(layers, batch, kv_heads, prompt, width),) * 2,
+        (shape(layers, batch, kv_heads, group, past, width),) * 2,
+        shape(dtype=jnp.int32),
+        shape(batch, prompt, dtype=jnp.int32),
+        shape(batch, group, past, dtype=jnp.bool_),
+    )
+
+
+@pytest.mark.usefixtures("whole_compilation")
+class TestCompilesForTpu:
     @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
     @pytest.mark.parametrize("prompt, past, heads", [(2560, 256, 16), (8704, 64, 32)])
     def test_no_layer_is_copied_out_of_the_caches(self, topology, prompt, past, heads):
         """At full size for one chip: the kernel takes the caches as they come in."""
-        whole = NamedSharding(tpu_mesh(topology, 1, 1, 1), PartitionSpec())
-
-        def shape(*sizes, dtype=jnp.bfloat16):
-            return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
-
-        layers, batch, group, kv_heads, width = 28, 8, 8, 8, 128
-        new = shape(batch, group, kv_heads, width)
-        compiled = (
-            jax.jit(decode_attention)
-            .trace(
-                shape(batch, group, heads, width),
-                new,
-                new,
-                (shape(layers, batch, kv_heads, prompt, width),) * 2,
-                (shape(layers, batch, kv_heads, group, past, width),) * 2,
-                shape(dtype=jnp.int32),
-                shape(batch, prompt, dtype=jnp.int32),
-                shape(batch, group, past, dtype=jnp.bool_),
-            )
-            .lower()
-            .compile()
-        )
+        mesh = mesh_or_skip(tpu_mesh, topology, 1, 1, 1)
+        arrays = full_size(mesh, 28, 8, prompt, past, heads)
+        compiled = jax.jit(decode_attention).trace(*arrays).lower().compile()
         text = compiled.as_text()
         assert text.count('custom_call_target="tpu_custom_call"') == 1
-        cache = rf"= \(?bf16\[[\d,]*,(?:{prompt}|{past}|{group * past}),{width}\]"
+        cache = rf"= \(?bf16\[[\d,]*,(?:{prompt}|{past}|{8 * past}),128\]"
         assert set(re.findall(rf"{cache}.*? ([\w-]+)\(", text)) == {"parameter", "bitcast"}

@@ -18,6 +18,7 @@ from p2r_jax.ops import image as ops
 from p2r_jax.ops import image_kernel
 from p2r_jax.ops.image_kernel import TILE, render_listed, to_kernel_layout
 from p2r_jax.parallel.topology import H100, gpu_mesh, tpu_mesh
+from tests.compilers import mesh_or_skip
 from tests.ops.test_image import (
     PILLOW_TURNS,
     assert_same_picture,
@@ -317,14 +318,8 @@ def program(sharding, implementation: str, image=IMAGE):
     return jax.jit(run).trace(*arguments).lower().compile()
 
 
+@pytest.mark.usefixtures("whole_compilation")
 class TestOtherMachines:
-    @pytest.fixture(autouse=True)
-    def _compiler(self, quick_compilation):
-        """Undisturbed by what this module's other tests save time with."""
-        jax.config.update("jax_disable_most_optimizations", False)
-        yield
-        jax.config.update("jax_disable_most_optimizations", True)
-
     @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
     def test_the_kernel_compiles_for_tpus_and_needs_no_copy_of_the_image(self, topology):
         pytest.importorskip("libtpu")
@@ -343,11 +338,7 @@ class TestOtherMachines:
         assert text.count(" multiply(") == 2
 
     def test_the_xla_version_compiles_for_an_h100_and_makes_no_copy_of_the_image(self):
-        target = H100
-        try:
-            sharding = NamedSharding(gpu_mesh(target.read_text()), PartitionSpec())
-        except ModuleNotFoundError as error:
-            pytest.skip(str(error))
+        sharding = NamedSharding(mesh_or_skip(gpu_mesh, H100.read_text()), PartitionSpec())
         whole, quarter = (
             program(sharding, "xla", image).memory_analysis().temp_size_in_bytes
             for image in (IMAGE, (IMAGE[0] // 2, IMAGE[1] // 2))

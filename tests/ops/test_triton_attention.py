@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from p2r_jax.ops import attention, triton_attention
 from p2r_jax.ops.triton_attention import BY_KEYS, BY_QUERIES, Blocks, Rule, key_runs, query_runs
 from p2r_jax.parallel.topology import H100, gpu_mesh
+from tests.compilers import mesh_or_skip
 
 NAMES = ["causal_attention", "segment_attention", "shared_prefix_attention"]
 TRITON_CALL = "__gpu$xla.gpu.triton"
@@ -235,20 +236,7 @@ class TestVisitedBlocks:
 @pytest.fixture(scope="module")
 def h100():
     """Sharding over one H100 that is not there."""
-    text = H100.read_text()
-    try:
-        return NamedSharding(gpu_mesh(text), PartitionSpec())
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def whole_compilation():
-    """Undoes `quick_compilation`, which stays on until the end of the module."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    return NamedSharding(mesh_or_skip(gpu_mesh, H100.read_text()), PartitionSpec())
 
 
 @pytest.mark.usefixtures("whole_compilation")

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from p2r_jax.ops import triton_decode
 from p2r_jax.ops.triton_decode import decode_attention
 from p2r_jax.parallel.topology import H100, gpu_mesh
+from tests.compilers import mesh_or_skip
 from tests.ops.test_decode_kernel import (
     HEADS,
     KV_HEADS,
@@ -24,6 +24,7 @@ from tests.ops.test_decode_kernel import (
     SUFFIX_VALID,
     L,
     expected,
+    full_size,
     inputs,
 )
 
@@ -96,41 +97,18 @@ def test_a_ring_is_valid_wherever_its_tokens_lie():
     np.testing.assert_allclose(out, same, atol=1e-6)
 
 
+@pytest.mark.usefixtures("whole_compilation")
 class TestH100:
-    @pytest.fixture(autouse=True)
-    def _compiler(self, quick_compilation):
-        jax.config.update("jax_disable_most_optimizations", False)
-        yield
-        jax.config.update("jax_disable_most_optimizations", True)
-
     @pytest.mark.parametrize(
         "layers, prompt, past, heads", [(28, 2560, 256, 16), (36, 8704, 2048, 32)]
     )
     def test_no_layer_is_copied_out_of_the_caches(self, layers, prompt, past, heads):
         """At full size for one GPU; the larger cache has more than 2**32 bytes."""
-        try:
-            whole = NamedSharding(gpu_mesh(H100.read_text(), 1, 1, 1), PartitionSpec())
-        except ModuleNotFoundError as error:
-            pytest.skip(str(error))
-
-        def shape(*sizes, dtype=jnp.bfloat16):
-            return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
-
-        batch, group, kv_heads, width = 4, 8, 8, 128
-        new = shape(batch, group, kv_heads, width)
-        arrays = (
-            shape(batch, group, heads, width),
-            new,
-            new,
-            (shape(layers, batch, kv_heads, prompt, width),) * 2,
-            (shape(layers, batch, kv_heads, group, past, width),) * 2,
-            shape(dtype=jnp.int32),
-            shape(batch, prompt, dtype=jnp.int32),
-            shape(batch, group, past, dtype=jnp.bool_),
-        )
+        mesh = mesh_or_skip(gpu_mesh, H100.read_text(), 1, 1, 1)
+        arrays = full_size(mesh, layers, 4, prompt, past, heads)
         compiled = jax.jit(decode_attention).trace(*arrays).lower().compile()
         text = compiled.as_text()
         assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
-        cache = rf"= \(?bf16\[{layers},[\d,]*,(?:{prompt}|{past}),{width}\]"
+        cache = rf"= \(?bf16\[{layers},[\d,]*,(?:{prompt}|{past}),128\]"
         assert set(re.findall(rf"{cache}.*? ([\w-]+)\(", text)) == {"parameter", "bitcast"}
         assert compiled.memory_analysis().temp_size_in_bytes < 2**27

@@ -14,6 +14,7 @@ from p2r_jax.config import MeshConfig
 from p2r_jax.parallel.groups import between, groups
 from p2r_jax.parallel.hlo import collectives
 from p2r_jax.plan.chips import Slice, islands
+from tests.compilers import mesh_or_skip
 
 
 def listed(attributes, devices=8):
@@ -69,6 +70,24 @@ def test_between_islands_devices_of_one_share_what_comes_from_another():
     assert between("", [0] * 8 + [1] * 8) == 8
 
 
+def test_what_goes_through_hosts_between_slices_has_the_name_of_its_collective():
+    """As XLA:TPU prints it; a start that is sent is not counted beside what is received."""
+    attributes = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+    transfer = lambda way: f'{attributes}, _xla_megascale_transfer_type="{way}"'
+    text = f"""
+ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {{
+  %x = bf16[8,8]{{1,0}} parameter(0)
+  %t = token[] after-all()
+  %s = (bf16[8,8]{{1,0}}, u32[], token[]) send(%x, %t), channel_id=1, frontend_attributes={{{transfer("ALL_REDUCE")}}}
+  %r = (bf16[8,8]{{1,0}}, u32[], token[]) recv(%t), channel_id=1, frontend_attributes={{{transfer("ALL_REDUCE")}}}
+  %p = (bf16[4,8]{{1,0}}, u32[], token[]) recv(%t), channel_id=2, frontend_attributes={{{transfer("ONE_TO_ONE")}}}
+  ROOT %c = bf16[8,8]{{1,0}} copy(%x)
+}}
+"""  # noqa: E501
+    found = [(c.kind, c.bytes, c.between) for c in collectives(text)]
+    assert sorted(found) == [("all-reduce", 128, 1), ("collective-permute", 64, 1)]
+
+
 def test_the_groups_of_a_collective_are_those_of_its_start():
     """Whatever XLA puts between its start and its end."""
     text = """
@@ -87,10 +106,7 @@ ENTRY %main (x: bf16[8,8]) -> bf16[32,8] {
 def test_only_the_sum_of_gradients_leaves_a_slice_or_node(name, slices):
     """Weights are split inside of it and the batch over all: what the compilers make of that."""
     where = Slice.parse(name, slices)
-    try:
-        mesh = where.mesh(MeshConfig(data=2, fsdp=-1, tensor=1))
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
+    mesh = mesh_or_skip(where.mesh, MeshConfig(data=2, fsdp=-1, tensor=1))
     size, inside = 2048, mesh.shape["fsdp"]
 
     def loss(weights, x):

@@ -22,6 +22,7 @@ from p2r_jax.plan.shapes import Shapes
 from p2r_jax.qwen3_vl.published import config_of
 from p2r_jax.rl.memory import tree_bytes
 from tests.benchmarks.plan_matrix import recipe
+from tests.compilers import mesh_or_skip
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = {
@@ -45,10 +46,7 @@ def made(request, tmp_path_factory):
     name, mesh = request.param
     where, config = SLICES[mesh], recipe(name, mesh)
     model, keep = config_of(config.model.path), tmp_path_factory.mktemp("promises")
-    try:
-        shapes = Shapes(config, model, where.mesh(config.mesh), where.chip.kernels)
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
+    shapes = Shapes(config, model, mesh_or_skip(where.mesh, config.mesh), where.chip.kernels)
     plan = make_plan(config, model, where, keep, only=QUICK[mesh])
     return Made(f"{name}_{mesh}", where, config, shapes, plan)
 
