@@ -316,14 +316,17 @@ class VerifierConfig:
 
 @dataclasses.dataclass
 class RewardConfig:
-    """The authors' rules by default (P2R §1)."""
+    """The authors' penalties (P2R §1), and the answer rule of evaluations."""
 
     overlap_penalty: bool = True
     """A box list in which two boxes have IoU > 0.5 earns 0."""
     label_penalty: bool = True
     """A box list with an empty label, or the label `description`, earns 0."""
-    require_answer_tag: bool = False
-    """An answer outside <answer>…</answer> is wrong, as it always is in evaluations."""
+    answer_rule: Literal["evaluation", "authors"] = "evaluation"
+    """What counts as an answer. `evaluation`: the first closed <answer>…</answer> and nothing else,
+    among the options that the question has, exactly as evaluations score. `authors`: without a
+    closed tag the whole completion, and A to E are options always. It can be gamed: completions
+    that never close their tag earn by it and score 0 in evaluations."""
     max_dropped_fraction: float = 0.2
     """A step in which more samples than this could not be graded stops the run."""
 

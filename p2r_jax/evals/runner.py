@@ -23,8 +23,8 @@ from p2r_jax.evals.scoring import box_figures
 from p2r_jax.parallel.multihost import is_main
 from p2r_jax.roles.answers import (
     Answer,
+    answer_to,
     choice_letter,
-    choice_letters,
     extract_answer,
     has_answer_tag,
 )
@@ -364,16 +364,8 @@ class _Run:
 
 def _answer(mode: Mode, loaded: LoadedRow, text: str) -> Answer:
     """The completion as it is graded in this mode."""
-    row = loaded.row
-    return Answer(
-        text,
-        row.answer,
-        row.answer_form,
-        question=row.question_with_options,
-        letters=choice_letters(len(row.options), row.answer),
-        # A direct answer carries no tag; everywhere else an answer outside its tag is wrong.
-        require_tag=mode.role != "direct",
-    )
+    # A direct answer carries no tag; everywhere else an answer outside its tag is wrong.
+    return dataclasses.replace(answer_to(loaded.row, text), require_tag=mode.role != "direct")
 
 
 def _record(

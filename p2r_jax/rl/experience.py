@@ -21,11 +21,10 @@ from flax import nnx
 
 from p2r_jax.config import PhaseConfig, RewardConfig
 from p2r_jax.data.loader import LoadedRow
-from p2r_jax.data.rows import Row
 from p2r_jax.qwen3_vl.inputs import Prompts
 from p2r_jax.qwen3_vl.processor import Processor
-from p2r_jax.rl.rewards import Reward, perceiver_reward, reasoner_reward
-from p2r_jax.roles.answers import TRAINING_LETTERS, Answer, choice_letters
+from p2r_jax.rl.rewards import Grades, Reward, perceiver_reward, reasoner_reward
+from p2r_jax.roles.answers import answer_to
 from p2r_jax.roles.boxes import ParsedBoxes, parse_response
 from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.image_store import ImageStore, placed_again, share_of
@@ -117,38 +116,25 @@ class Step:
         with self.clock("partner"):
             return self.pipeline.complete(self.partner, requests, self.images, sampling)
 
-    def grade(self, responses: list[list[str]]) -> list[list[float | None]]:
-        """1 or 0 for each of the G answers to each question; None if nothing could grade it."""
-        tagged = self.reward.require_answer_tag
+    def grade(self, responses: list[list[str]]) -> list[list[Grades]]:
+        """Grades of each of the G answers to each question."""
+        answers = [
+            answer_to(loaded.row, response, rule)
+            for rule in (self.reward.answer_rule, "evaluation")
+            for loaded, group in zip(self.rows, responses, strict=True)
+            for response in group
+        ]
         with self.clock("reward"):
-            grades = self.grader.grade(
-                [
-                    answer_to(loaded.row, response, tagged)
-                    for loaded, group in zip(self.rows, responses, strict=True)
-                    for response in group
-                ]
-            )
-        return _grouped(grades, self.phase.group)
+            grades = self.grader.grade(answers)
+        half = len(grades) // 2
+        both = [Grades(*pair) for pair in zip(grades[:half], grades[half:], strict=True)]
+        return _grouped(both, self.phase.group)
 
 
 def phase_sampling(phase: PhaseConfig) -> Sampling:
     """How the learning role's completions are drawn. Raises ValueError naming a bad setting."""
     shared = {field.name for field in dataclasses.fields(Sampling)}
     return Sampling(**{k: v for k, v in dataclasses.asdict(phase).items() if k in shared})
-
-
-def answer_to(row: Row, response: str, require_tag: bool = False) -> Answer:
-    """A response as the grader takes it, under the rules of training."""
-    # The authors' A to E, and further where a row has more options.
-    letters = max(TRAINING_LETTERS, choice_letters(len(row.options), row.answer), key=len)
-    return Answer(
-        response,
-        row.answer,
-        row.answer_form,
-        question=row.question_with_options,
-        letters=letters,
-        require_tag=require_tag,
-    )
 
 
 def collect(step: Step) -> Experience:
@@ -170,7 +156,7 @@ def perceiver_experience(step: Step) -> Experience:
     answers = _grouped(step.complete(asked), group)
     texts = [[answer.text for answer in own] for own in answers]
     rewards = [
-        [perceiver_reward(p, grade, step.reward) for p, grade in zip(boxes, own, strict=True)]
+        [perceiver_reward(p, grades, step.reward) for p, grades in zip(boxes, own, strict=True)]
         for boxes, own in zip(parsed, step.grade(texts), strict=True)
     ]
     return _experience(
@@ -221,7 +207,7 @@ COLLECT = {
 
 def _answer_rewards(step: Step, rollout: Rollout) -> list[list[Reward]]:
     return [
-        [reasoner_reward(text, grade) for text, grade in zip(texts, grades, strict=True)]
+        [reasoner_reward(text, own) for text, own in zip(texts, grades, strict=True)]
         for texts, grades in zip(rollout.texts, step.grade(rollout.texts), strict=True)
     ]
 

@@ -23,6 +23,7 @@ from p2r_jax.roles.boxes import ParsedBoxes, perceiver_penalty
 
 __all__ = [
     "Answer",
+    "Grades",
     "Query",
     "Reward",
     "Verifier",
@@ -46,14 +47,38 @@ class Reward:
     """Logged beside it: `answer` (the grade), penalties as 0 or 1, and facts about the text."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Grades:
+    """Of one answer, by the rule that rewards it and by the rule that evaluations score by.
+
+    None: could not be graded.
+    """
+
+    training: float | None
+    evaluation: float | None
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The grade, and where the two rules disagree: training on answers that score nothing, or
+        missing some that do."""
+        if self.training is None:
+            return {}
+        parts = {"answer": self.training}
+        if self.evaluation is not None:
+            parts["only_training"] = float(self.training > self.evaluation)
+            parts["only_evaluation"] = float(self.training < self.evaluation)
+        return parts
+
+
 def perceiver_reward(
-    parsed: ParsedBoxes, grade: float | None, rules: RewardConfig | None = None
+    parsed: ParsedBoxes, grade: Grades | float | None, rules: RewardConfig | None = None
 ) -> Reward:
     """The grade of the frozen reasoner's answer, or 0 if the boxes break a rule.
 
     grade: None if the answer could not be graded. A broken rule decides without it. rules: which
     count; the parts tell of both always.
     """
+    grades = _grades(grade)
     rules = rules or RewardConfig()
     penalty = perceiver_penalty(parsed.boxes)
     overlap, label = (penalty.iou and rules.overlap_penalty, penalty.label and rules.label_penalty)
@@ -65,14 +90,15 @@ def perceiver_reward(
         "empty": float(not parsed.boxes),
         "boxes": float(len(parsed.boxes)),
     }
-    if grade is not None:
-        parts["answer"] = grade
-    return Reward(0.0 if broken else grade, parts)
+    return Reward(0.0 if broken else grades.training, parts | grades.parts)
 
 
-def reasoner_reward(response: str, grade: float | None) -> Reward:
+def reasoner_reward(response: str, grade: Grades | float | None) -> Reward:
     """The grade of the policy's own answer."""
-    parts = {"answer_tag": float(has_answer_tag(response))}
-    if grade is not None:
-        parts["answer"] = grade
-    return Reward(grade, parts)
+    grades = _grades(grade)
+    parts = {"answer_tag": float(has_answer_tag(response))} | grades.parts
+    return Reward(grades.training, parts)
+
+
+def _grades(grade: Grades | float | None) -> Grades:
+    return grade if isinstance(grade, Grades) else Grades(grade, grade)

@@ -1,8 +1,9 @@
 """Grading: from completions and ground truths to rewards in {0, 1}.
 
 Bad model output is wrong (0). What cannot be graded is None: the sample is dropped from the loss
-and counted, never scored 0 in silence. The defaults are the training rule; evaluation passes
-`require_tag=True` and the letters its benchmark offers.
+and counted, never scored 0 in silence. Training and evaluation grade by one rule (`answer_to`):
+what the first closed `<answer>…</answer>` holds, among the options there are. The defaults of the
+functions below are the authors' laxer rule for training, which a setting brings back.
 
     answer form   ground truth   graded by
     mca           option letter  `choice_reward`
@@ -20,10 +21,13 @@ import re
 import string
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+from p2r_jax.data.rows import Row
 
 logger = logging.getLogger(__name__)
 
+AnswerRule = Literal["evaluation", "authors"]
 ANSWER_FORMS = ("mca", "na", "free_form")
 TRAINING_LETTERS = "ABCDE"
 
@@ -78,6 +82,25 @@ class Verifier(Protocol):
         fails (a server, a function) leads to None, never to an exception.
         """
         ...
+
+
+def answer_to(row: Row, response: str, rule: AnswerRule = "evaluation") -> Answer:
+    """A completion as it is graded.
+
+    rule: `evaluation` = the first closed `<answer>…</answer>` counts, among the row's options;
+    `authors` = without one the whole completion, and A to E are options always (P2R §4).
+    """
+    letters = choice_letters(len(row.options), row.answer)
+    if rule == "authors":
+        letters = max(TRAINING_LETTERS, letters, key=len)
+    return Answer(
+        response,
+        row.answer,
+        row.answer_form,
+        question=row.question_with_options,
+        letters=letters,
+        require_tag=rule == "evaluation",
+    )
 
 
 def has_answer_tag(response: str) -> bool:
@@ -224,11 +247,13 @@ def grade(answers: Sequence[Answer], verifier: Verifier | None) -> list[float | 
 
 
 def unit(answer: Answer) -> Answer | Query:
-    """What has to be settled: the query if a verifier is needed, else the answer itself. Answers
-    with equal units get equal grades, whatever was written around them."""
+    """What has to be settled: the query if a verifier is needed, else the answer without what its
+    grade does not depend on. Answers with equal units get equal grades, whatever was written around
+    them."""
     untagged = answer.require_tag and not has_answer_tag(answer.response)
     if answer.answer_form != "free_form" or untagged:
-        return answer
+        letters = answer.letters if answer.answer_form == "mca" else TRAINING_LETTERS
+        return dataclasses.replace(answer, letters=letters, require_tag=untagged)
     return Query(answer.question, answer.ground_truth, extract_answer(answer.response))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from string import ascii_uppercase
 
 import jax
 import numpy as np
@@ -172,13 +173,19 @@ class ExampleMaker:
         scene: Scene,
         question: Question,
         boxes: Sequence[Box],
+        taught: Sequence[str],
     ) -> Example:
-        """Reads the character in the crop, then looks the option up."""
+        """Reads the character in the crop, then looks the option up. Characters that are not in
+        `taught` are called by a random option's name, with its letter."""
         row = self.source.row(scene.index, scene.tiles, question)
         asked = row.question_with_options
         request = self.builder.reasoner(images, image, asked, "mca", boxes)
         glyphs = [self.source.config.glyphs[scene.tiles[t]["glyph"]] for t in question.tiles]
-        target = f"<think>{' '.join(glyphs)}</think><answer>{question.answer}</answer>"
+        letter = question.answer
+        if len(glyphs) == 1 and glyphs[0] not in taught:
+            choice = int(self.rng.integers(len(question.options)))
+            glyphs, letter = [question.options[choice]], ascii_uppercase[choice]
+        target = f"<think>{' '.join(glyphs)}</think><answer>{letter}</answer>"
         links: list[Link] = []
         start = len(request.tokens)
         for view in range(1, len(request.views)):

@@ -75,8 +75,12 @@ def make_warm_start(
             _to_one_device(model)
             # Its own folder, so that the long stage need not be repeated (`--tower`).
             save_pretrained(model, kept, files_from=files, dtype="float32")
+            (kept / "made_by.json").write_text(json.dumps(made, indent=2) + "\n")
         else:
             nnx.update(model.visual, nnx.state(load_pretrained(tower, dtype="float32").visual))
+            earlier = Path(tower) / "made_by.json"
+            if earlier.is_file():
+                made["dense"] = json.loads(earlier.read_text()).get("dense")
         builder = RequestBuilder(processor, load_prompt_set("tiny"), BUCKETS)
         pools = make_pool(model, builder, source, joint)
         made["joint"] = _follow(train_roles(model, pools, joint, mesh), "joint", joint, console)

@@ -3,7 +3,8 @@
 1. `dense`: the vision tower learns throw-away labels (see there).
 2. Here: both roles learn jointly with the tower frozen (plain joint training erases where things
    are from its features). The perceiver is taught true boxes for a few words only and a random
-   tile's box for the rest; the reasoner is taught on true crops, and stopped before it is perfect.
+   tile's box for the rest; the reasoner is taught, on true crops, the names of some characters only
+   and a random option for the rest. So both roles have something to gain from a reward.
    Two things real checkpoints bring along are supplied by attention losses: a word attends to what
    it names, and what is written attends to the word it is about.
 
@@ -57,6 +58,8 @@ class WarmStartConfig:
     """Scenes rendered; each gives four perceiver and two reasoner examples."""
     taught: tuple[str, ...] = ("red", "green", "blue", "circle")
     """Words whose true boxes the perceiver is shown; others get a random tile's box."""
+    taught_glyphs: str = "HPUX24"
+    """Characters that the reasoner is shown the names of; others get a random option's."""
     seed: int = 0
 
 
@@ -116,7 +119,9 @@ def make_pool(
                 if rng.random() < 0.04:
                     reasoner.append((maker.whole(images, i, scene, question), images))
                 else:
-                    reasoner.append((maker.reasoner(images, i, scene, question, boxes), images))
+                    taught_glyphs = config.taught_glyphs
+                    example = maker.reasoner(images, i, scene, question, boxes, taught_glyphs)
+                    reasoner.append((example, images))
     return (
         pack(perceiver, model, builder, 20, group * 4),
         pack(reasoner, model, builder, 40, group * 2),

@@ -8,8 +8,8 @@ import pytest
 
 from p2r_jax.config import RewardConfig
 from p2r_jax.data.rows import Row
-from p2r_jax.rl.experience import answer_to
-from p2r_jax.rl.rewards import perceiver_reward, reasoner_reward
+from p2r_jax.rl.rewards import Grades, perceiver_reward, reasoner_reward
+from p2r_jax.roles.answers import AnswerRule, answer_to, unit
 from p2r_jax.roles.boxes import parse_response
 from p2r_jax.roles.grading import Grader
 
@@ -77,8 +77,8 @@ class TestReasoner:
         assert reasoner_reward("A", 1.0).parts["answer_tag"] == 0
 
 
-def graded(row: Row, response: str, require_tag: bool = False) -> float | None:
-    (grade,) = Grader().grade([answer_to(row, response, require_tag)])
+def graded(row: Row, response: str, rule: AnswerRule = "evaluation") -> float | None:
+    (grade,) = Grader().grade([answer_to(row, response, rule)])
     return grade
 
 
@@ -87,36 +87,77 @@ def make_row(options: int, answer: str, form: str = "mca") -> Row:
     return Row("1", "Which?", answer, form, options=texts, image_source=b"")
 
 
-class TestLettersOfTraining:
-    """A to E as the authors have it, and as many as a row has options."""
+@pytest.mark.parametrize(
+    "options, answer, response, authors, evaluation",
+    [
+        (4, "B", "<answer>B</answer>", 1.0, 1.0),
+        (4, "B", "<answer>E or B</answer>", 0.0, 1.0),
+        (7, "F", "<answer>F</answer>", 1.0, 1.0),
+        (7, "F", "<answer>G</answer>", 0.0, 0.0),
+        (0, "F", "<answer>F</answer>", 1.0, 1.0),
+        (4, "B", "B", 1.0, 0.0),
+        (4, "B", "<answer>B", 1.0, 0.0),
+        (4, "B", "<answer>B</answer> or C", 1.0, 1.0),
+        (4, "B", "<answer>C</answer><answer>B</answer>", 0.0, 0.0),
+    ],
+)
+def test_the_authors_rule_is_laxer_about_tags_and_knows_five_letters(
+    options, answer, response, authors, evaluation
+):
+    row = make_row(options, answer)
+    assert graded(row, response, "authors") == authors
+    assert graded(row, response) == evaluation
+
+
+@pytest.mark.parametrize("form, truth", [("mca", "B"), ("na", "12")])
+def test_only_a_closed_tag_is_an_answer_unless_the_authors_rule_is_asked_for(form, truth):
+    assert RewardConfig().answer_rule == "evaluation"
+    row = make_row(4 if form == "mca" else 0, truth, form)
+    assert graded(row, f"so <answer>{truth}</answer>") == 1.0
+    assert graded(row, truth) == 0.0
+    assert graded(row, truth, "authors") == 1.0
+
+
+HACKS = [
+    "<think>P</think><answer>C,P</think><answer>C,P",
+    "<think>P</think><answer>C,P</think><answer>C,P</think><answer>C,P",
+    "<think>C</think><answer>C",
+    "C",
+]
+"""Completions of a run that collapsed: rewarded 1 by the authors' rule, 0 in its evaluations."""
+
+
+class TestRulesThatDisagree:
+    @pytest.mark.parametrize("response", HACKS)
+    def test_a_hack_of_the_authors_rule_earns_nothing_and_is_counted_under_it(self, response):
+        row = make_row(4, "C")
+        evaluation, authors = graded(row, response), graded(row, response, "authors")
+        own = reasoner_reward(response, Grades(evaluation, evaluation))
+        lax = reasoner_reward(response, Grades(authors, evaluation))
+        assert (own.value, own.parts["only_training"]) == (0.0, 0.0)
+        assert (lax.value, lax.parts["only_training"]) == (1.0, 1.0)
+        assert lax.parts["only_evaluation"] == 0.0
+
+    def test_answers_that_only_the_evaluation_takes_are_counted_too(self):
+        """E is no option of a question that has four; to the authors' rule it is one."""
+        response, row = "<answer>E or B</answer>", make_row(4, "B")
+        grades = Grades(graded(row, response, "authors"), graded(row, response))
+        parts = reasoner_reward(response, grades).parts
+        assert (parts["only_training"], parts["only_evaluation"]) == (0.0, 1.0)
+
+    def test_a_perceivers_reward_counts_the_answers_of_its_partner(self):
+        reward = perceiver_reward(parse_response(ONE), Grades(1.0, 0.0))
+        assert (reward.value, reward.parts["only_training"]) == (1.0, 1.0)
+
+    def test_what_could_not_be_graded_is_in_neither_count(self):
+        assert "only_training" not in reasoner_reward("x", Grades(None, None)).parts
 
     @pytest.mark.parametrize(
-        "options, answer, response, reward",
-        [
-            (4, "B", "<answer>B</answer>", 1.0),
-            (4, "B", "<answer>E or B</answer>", 0.0),
-            (7, "F", "<answer>F</answer>", 1.0),
-            (7, "F", "<answer>G</answer>", 0.0),
-            (0, "F", "<answer>F</answer>", 1.0),
-        ],
+        "form, truth", [("mca", "B"), ("na", "12"), ("free_form", "a red cup")]
     )
-    def test_a_right_answer_is_never_out_of_reach(self, options, answer, response, reward):
-        assert graded(make_row(options, answer), response) == reward
-
-
-class TestAnswerTags:
-    """Training takes an answer without its tag, as the authors do, unless it is set to refuse."""
-
-    @pytest.mark.parametrize(
-        "row, tagged, bare",
-        [
-            (make_row(4, "B"), "so <answer>B</answer>", "B"),
-            (make_row(0, "12", "na"), "so <answer>12</answer>", "12"),
-        ],
-        ids=lambda x: x.answer_form if isinstance(x, Row) else "",
-    )
-    def test_may_be_required(self, row, tagged, bare):
-        assert RewardConfig().require_answer_tag is False
-        assert graded(row, tagged) == graded(row, bare) == 1.0
-        assert graded(row, tagged, require_tag=True) == 1.0
-        assert graded(row, bare, require_tag=True) == 0.0
+    def test_the_second_rule_asks_nobody_anything_about_a_tagged_answer(self, form, truth):
+        """Both rules settle the same thing then, so that a judge is asked once."""
+        row = make_row(5 if form == "mca" else 0, truth, form)
+        response = f"<answer>{truth}</answer>"
+        rules = ("authors", "evaluation")
+        assert len({unit(answer_to(row, response, rule)) for rule in rules}) == 1

@@ -25,6 +25,7 @@ QUESTIONS = 3
 TAUGHT = set(WarmStartConfig().taught)
 SOURCE = VisualSearch("train")
 SIZE = SOURCE.config.image_size
+GLYPHS = SOURCE.config.glyphs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,7 +151,7 @@ def test_taught_words_get_their_true_tile_and_others_any(maker, images, asked):
 
 def test_a_reasoner_target_reads_the_characters_and_picks_their_option(maker, images, asked):
     for i, scene, question in asked:
-        example = maker.reasoner(images, i, scene, question, true_boxes(scene, question))
+        example = maker.reasoner(images, i, scene, question, true_boxes(scene, question), GLYPHS)
         glyphs = [SOURCE.config.glyphs[scene.tiles[t]["glyph"]] for t in question.tiles]
         thought, _, answer = example.target.partition("</think><answer>")
         assert thought == f"<think>{' '.join(glyphs)}"
@@ -158,6 +159,21 @@ def test_a_reasoner_target_reads_the_characters_and_picks_their_option(maker, im
         if question.kind != "same":
             assert question.options["ABCDEF".index(question.answer)] == glyphs[0]
         assert len(example.request.views) == 1 + len(question.tiles)
+
+
+def test_a_character_that_is_not_taught_is_called_by_some_option_with_its_letter(
+    maker, images, asked
+):
+    wrong = 0
+    for i, scene, question in asked:
+        if question.kind == "same":
+            continue
+        example = maker.reasoner(images, i, scene, question, true_boxes(scene, question), "")
+        thought, _, answer = example.target.partition("</think><answer>")
+        letter = answer.removesuffix("</answer>")
+        assert question.options["ABCDEF".index(letter)] == thought.removeprefix("<think>")
+        wrong += letter != question.answer
+    assert wrong >= len(asked) // 3
 
 
 def test_direct_and_whole_image_targets_have_the_form_of_their_role(maker, images, asked):
@@ -219,7 +235,7 @@ def test_perceiver_links_join_word_to_tile_and_coordinate_to_word(maker, builder
 def test_reasoner_links_join_word_to_crop_and_answer_to_option(maker, builder, images, asked):
     found = 0
     for i, scene, question in asked:
-        example = maker.reasoner(images, i, scene, question, true_boxes(scene, question))
+        example = maker.reasoner(images, i, scene, question, true_boxes(scene, question), GLYPHS)
         tokens, prompt = example.tokens, len(example.request.tokens)
         tiles = dict(zip(question.words, question.tiles, strict=True))
         for link in example.links:
