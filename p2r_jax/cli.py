@@ -371,34 +371,13 @@ def _add_data_actions(parser: ArgumentParser) -> None:
     )
     actions.add_subcommand("show", show, help="print rows and draw their true boxes")
 
-    build = ArgumentParser()
-    build.add_argument("kind", choices=["visual-search"], help="what to build")
-    build.add_argument("--photos", type=str, required=True, help="folder of photographs")
-    build.add_argument("--objects", type=str, required=True, help="folder of named cut-outs")
-    build.add_argument("--out", type=str, required=True, help="folder to write")
-    build.add_argument("--size", type=Literal["2k", "4k", "8k"], default="4k")
-    build.add_argument("--count", type=int, default=200, help="questions")
-    build.add_argument("--seed", type=int, default=0)
-    actions.add_subcommand("build", build, help="compose a benchmark from your own photographs")
-
 
 def _data(args: Namespace) -> None:
     given = args[args.action]
     if args.action == "prepare":
         _data_prepare(given)
-    elif args.action == "show":
-        _data_show(given)
     else:
-        from p2r_jax.data.compose import build_visual_search
-
-        build_visual_search(
-            Path(given.photos),
-            Path(given.objects),
-            Path(given.out),
-            size=given.size,
-            count=given.count,
-            seed=given.seed,
-        )
+        _data_show(given)
 
 
 def _data_prepare(args: Namespace) -> None:
@@ -473,7 +452,7 @@ COMMANDS: dict[str, tuple[Any, Any, str]] = {
     "report": (_report_parser, _report, "one HTML page of a run"),
     "plan": (_plan_parser, _plan, "what a run needs of a TPU slice or GPUs, without having them"),
     "sft": (_sft_parser, _sft, "make the embedded tiny checkpoint"),
-    "data": (_data_parser, _data, "prepare datasets, look at them, compose your own"),
+    "data": (_data_parser, _data, "prepare datasets and look at them"),
     "prompts": (_prompts_parser, _prompts, "import a prompt set"),
     "scene": (_scene_parser, _scene, "draw a scene of the procedural task and ask about it"),
     "probe": (_probe_parser, _probe, "prove that visual_search needs the crop"),

@@ -41,7 +41,7 @@ from p2r_jax.sft.tiny import COORDINATE_STEP
 class DenseConfig:
     """Dense vision pre-training."""
 
-    steps: int = 9000
+    steps: int = 4500
     images: int = 64
     """Windows a step, never shown twice: a tower this size memorises thousands of them, and then
     reads the characters of those and no others."""

@@ -44,7 +44,7 @@ from p2r_jax.sft.tiny import COORDINATE_STEP, build_tokenizer, tiny_config, writ
 class WarmStartConfig:
     """Joint supervised training of both roles."""
 
-    steps: int = 400
+    steps: int = 300
     """Long enough for the perceiver to be sure of the taught words *and* to have unlearned that
     the others mean anything: stopped at 160, it boxes both right half the time, hesitates
     everywhere, and reinforcement has little to go by (measured: 5 points of accuracy in 120
@@ -56,7 +56,7 @@ class WarmStartConfig:
     link_weight: float = 0.5
     scenes: int = 2560
     """Scenes rendered; each gives four perceiver and two reasoner examples."""
-    taught: tuple[str, ...] = ("red", "green", "blue", "circle")
+    taught: tuple[str, ...] = ("red", "green", "blue")
     """Words whose true boxes the perceiver is shown; others get a random tile's box."""
     taught_glyphs: str = "HPUX24"
     """Characters that the reasoner is shown the names of; others get a random option's."""

@@ -363,17 +363,3 @@ def test_show_prints_rows_and_draws_their_boxes(tmp_path, capsys):
     assert capsys.readouterr().out.count("answer:") == 2
     assert run(*command, "--index", 9) == 2
     assert "--index must be 0 to 2" in capsys.readouterr().err
-
-
-def test_build_passes_its_options_on(tmp_path, monkeypatch):
-    import types
-
-    given = []
-    fake = types.ModuleType("p2r_jax.data.compose")
-    fake.build_visual_search = lambda *args, **kwargs: given.append((args, kwargs))
-    monkeypatch.setitem(sys.modules, "p2r_jax.data.compose", fake)
-    options = ["--photos", "p", "--objects", "o", "--out", "x", "--size", "8k", "--seed", "3"]
-    assert run("data", "build", "visual-search", *options) == 0
-    wanted = {"size": "8k", "count": 200, "seed": 3}
-    assert given == [((Path("p"), Path("o"), Path("x")), wanted)]
-    assert run("data", "build", "visual-search", *options, "--size", "16k") == 2
