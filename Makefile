@@ -7,11 +7,12 @@ BIN := .venv/bin
 # these allocations are cheaper: measured, a training step takes 30 % less time. Ignored elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint clean help
+.PHONY: demo test test-all lint clean help
 
 help:
 	@echo "make demo    train the embedded tiny model, evaluate before and after (no torch)"
-	@echo "make test    lint, types and the whole test suite"
+	@echo "make test    lint, types and the test suite"
+	@echo "make test-all  the same and what takes minutes each: more kills, full-size plans"
 	@echo "make lint    lint and types only"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -21,6 +22,9 @@ demo: .venv/.installed-demo
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadscope
+
+test-all: lint
+	$(BIN)/pytest -n 2 --dist loadscope -m "slow or not slow"
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

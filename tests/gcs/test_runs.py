@@ -150,6 +150,7 @@ class TestRecords:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_killed_and_resumed_it_equals_a_local_run(
         self, folder, server, tiny_checkpoint, tmp_path_factory, tmp_path
     ):

@@ -302,6 +302,7 @@ class Workers:
                 process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU tail and stat")
 def test_two_real_workers_go_on_after_a_preemption(tmp_path):
     workers = Workers(tmp_path)

@@ -24,6 +24,8 @@ from p2r_jax.rl.memory import tree_bytes
 from tests.benchmarks.plan_matrix import recipe
 from tests.compilers import mesh_or_skip
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = {
     "v5e-16": ("weights for decoding", "start, ", "decode, ", "grow, "),

@@ -18,6 +18,7 @@ from tests.rl.tiny_run import metric_rows
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_killed_in_a_rollout_an_update_and_a_save_nothing_is_different(tmp_path, tiny_checkpoint):
     done = killed_run_equals_whole_run(tmp_path, tiny_checkpoint, kills=len(STAGES), seed=1)
     assert {stage for stage, _, _ in done} == set(STAGES)
@@ -66,6 +67,7 @@ def with_mount(run: Path, script: str, model: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @needs_mounts
 def test_a_full_disk_ends_the_run_with_what_to_do_and_it_goes_on_later(tmp_path, tiny_checkpoint):
     """One checkpoint fits, the second does not; then the disk grows."""

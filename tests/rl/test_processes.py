@@ -190,6 +190,7 @@ def test_if_one_dies_the_other_says_so_and_both_go_on_later(two, folder, tiny_ch
         np.testing.assert_array_equal(weights(run)[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_preempted_on_two_processes_it_goes_on_in_one(one, folder, tiny_checkpoint):
     """One of them gets the signal; both save, end, and ask to be started again."""
     run = folder / "preempted"

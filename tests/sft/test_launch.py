@@ -25,6 +25,7 @@ def _small(quick_compilation, monkeypatch):
     monkeypatch.setattr(launch, "WarmStartConfig", functools.partial(WarmStartConfig, scenes=16))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small")
 def test_both_stages_leave_a_checkpoint_that_says_how_it_was_made(tmp_path):
     out = tmp_path / "tiny"
