@@ -1,7 +1,7 @@
 """Whether each phase of a run ended better than it began: the same questions, paired.
 
-    RUN/eval/before.jsonl, after_phase1_perceiver.jsonl, ..., after.jsonl
-        --phase_verdicts--> [{number, role, start, end, accuracy_start, ..., verdict}]
+RUN/eval/before.jsonl, after_phase1_perceiver.jsonl, ..., after.jsonl
+    --phase_verdicts--> [{number, role, start, end, accuracy_start, ..., verdict}]
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from p2r_jax.config import HealthConfig
 
@@ -338,6 +338,6 @@ def _median(values: list[float]) -> float:
     return float(statistics.median(values))
 
 
-def _is_value(value: Any) -> bool:
+def _is_value(value: Any) -> TypeGuard[float]:
     """Infinity is one, and beyond every threshold; NaN is none."""
     return isinstance(value, (int, float)) and not math.isnan(value)
