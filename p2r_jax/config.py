@@ -408,14 +408,14 @@ class HealthConfig:
     only_training: float | None = 0.1
     """Most `reward/only_training`: completions that the rewarding rule calls right and the rule of
     evaluations wrong."""
-    reward_gap: float | None = 0.1
+    reward_gap: float | None = 0.15
     """Most that the accuracy of `p2r` (else of `baseline`) in a short evaluation may fall behind
     its highest of the phase, plus what `reward/mean` gained since; only if the accuracy fell by
     more than its 95 % interval reaches up."""
     anchor_rise: float | None = 0.5
     """Most that `loss/anchor` may rise over the first: nats per token by which the idle role leaves
     what it wrote at the phase's start."""
-    idle_drop: float | None = 0.1
+    idle_drop: float | None = 0.15
     """Most that the accuracy with the idle role live and the learning one frozen (`live_reasoner`
     in a perceiver phase, `live_perceiver` in a reasoner phase) may fall behind its highest of the
     phase; only if by more than its 95 % interval reaches up."""
