@@ -46,6 +46,7 @@ class Reading:
     """A value beside its threshold. `about` is what may be added to the advice."""
 
     metric: str
+    """As metrics.jsonl names it, or what is made of it."""
     value: float
     threshold: float
     exceeded: bool
@@ -161,7 +162,7 @@ class Monitor:
             return key not in self._active
         self._calm[key] = self._calm.get(key, 0) + 1
         # Evaluations are rare, and each of them is many answers: one is enough.
-        if self._calm[key] >= (1 if reading.metric.startswith("eval/") else self.config.window):
+        if self._calm[key] >= (1 if "eval/" in reading.metric else self.config.window):
             self._active.pop(key, None)
         return False
 
@@ -297,10 +298,9 @@ def _reward_gap(config: HealthConfig, phase: _Phase) -> Iterator[Reading]:
         gap = best.accuracy - now.accuracy + now.reward - best.reward
         about = (
             f"Since step {best.step} accuracy went from {best.accuracy:.1%} to {now.accuracy:.1%} "
-            f"and the reward from {best.reward:.3f} to {now.reward:.3f}; the value is how far they "
-            "went apart."
+            f"and the reward from {best.reward:.3f} to {now.reward:.3f}."
         )
-        yield Reading(f"eval/{mode}/accuracy", gap, limit, gap > limit, about)
+        yield Reading(f"reward/mean - eval/{mode}/accuracy", gap, limit, gap > limit, about)
         return
 
 
@@ -311,11 +311,8 @@ def _idle_drop(config: HealthConfig, phase: _Phase) -> Iterator[Reading]:
     if fall is not None:
         best, now = fall
         lost = best.accuracy - now.accuracy
-        about = (
-            f"It went from {best.accuracy:.1%} at step {best.step} to {now.accuracy:.1%}; the "
-            "value is what it lost."
-        )
-        yield Reading(f"eval/{mode}/accuracy", lost, limit, lost > limit, about)
+        about = f"It went from {best.accuracy:.1%} at step {best.step} to {now.accuracy:.1%}."
+        yield Reading(f"fall of eval/{mode}/accuracy", lost, limit, lost > limit, about)
 
 
 RULES: dict[str, Callable[[HealthConfig, _Phase], Iterator[Reading]]] = {

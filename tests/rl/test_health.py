@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from p2r_jax.config import HealthConfig, TrainConfig
-from p2r_jax.rl import health, watch
+from p2r_jax.rl import health, launch, watch
 from p2r_jax.rl.health import ADVICE, RULES, Monitor
 from p2r_jax.rl.stop import RunStopped
 from p2r_jax.rl.watch import Watch
 from tests.rl.collapse import collapsing_rows, evaluated, healthy_rows, step_row
+from tests.rl.runs import Run, assert_same_outcome, kill
+from tests.rl.tiny_run import make_config, metric_rows
 
 
 def warnings(rows, **settings):
@@ -134,7 +136,10 @@ class TestRules:
         evaluated(rows[9], baseline=0.8, default=0.5)
         evaluated(rows[19], baseline=0.6, default=0.5)
         (warning,) = warnings(rows)
-        assert (warning.rule, warning.metric) == ("reward_gap", "eval/baseline/accuracy")
+        assert (warning.rule, warning.metric) == (
+            "reward_gap",
+            "reward/mean - eval/baseline/accuracy",
+        )
 
     @pytest.mark.parametrize(
         "phase, mode, said",
@@ -275,6 +280,80 @@ class TestFiles:
         assert list(tmp_path.iterdir()) == []
         with pytest.raises(RunStopped, match="process 0"):
             one.stop(1)
+
+
+@pytest.mark.usefixtures("small_world")
+class TestInTraining:
+    """Real runs of the tiny model. KL is zero at a phase's first step and above this at its second,
+    where the run is then found unwell."""
+
+    UNWELL = HealthConfig(**dict.fromkeys(RULES) | {"kl": 1e-8, "window": 1})
+
+    def config(self, run: Path, model: Path, action: str, steps: int = 2) -> TrainConfig:
+        config = make_config(run, model, health=dataclasses.replace(self.UNWELL, action=action))
+        config.phases[0].steps = steps
+        return config
+
+    @pytest.fixture(scope="class")
+    def shortened(self, small_world, tmp_path_factory, tiny_checkpoint) -> Run:
+        """A perceiver phase of four steps that is ended after two."""
+        folder = tmp_path_factory.mktemp("shortened") / "run"
+        return Run(self.config(folder, tiny_checkpoint, "stop_phase", steps=4))
+
+    def test_a_phase_that_is_ended_early_is_evaluated_and_the_next_one_follows(
+        self, shortened, whole
+    ):
+        """It comes to the weights of a run whose first phase had so many steps to begin with."""
+        rows = [(row["step"], row.get("name", row["phase"])) for row in shortened.rows]
+        assert rows == [(row["step"], row.get("name", row["phase"])) for row in whole.rows]
+        weights = "export/model.safetensors"
+        assert (shortened.folder / weights).read_bytes() == (whole.folder / weights).read_bytes()
+        found = [json.loads(s) for s in (shortened.folder / "warnings.jsonl").open()]
+        assert [(w["step"], w["phase_number"], w["rule"], w["action"]) for w in found] == [
+            (2, 1, "kl", "stop_phase"),
+            (4, 2, "kl", "stop_phase"),
+        ]
+        assert [row["health/warnings"] for row in shortened.steps] == [0, 1, 1, 2]
+        assert shortened.summary["warnings"] == 2
+        assert list(shortened.summary)[:3] == ["before", "after_phase1_perceiver", "after"]
+
+    @pytest.mark.parametrize(
+        "every, where, call",
+        [
+            pytest.param(1, "_step", 2, id="before the step that ends it"),
+            pytest.param(9, "_evaluate", 2, id="in the evaluation of its end"),
+            pytest.param(1, "_step", 4, id="in the phase after it"),
+        ],
+    )
+    def test_killed_and_resumed_it_comes_to_the_same_schedule(
+        self, shortened, tmp_path, tiny_checkpoint, every, where, call
+    ):
+        config = self.config(tmp_path / "run", tiny_checkpoint, "stop_phase", steps=4)
+        config.checkpoint.every = every
+        kill(config, where, call)
+        rest = Run(config)
+        assert_same_outcome(tmp_path / "run", shortened)
+        said, expected = (f / "warnings.jsonl" for f in (rest.folder, shortened.folder))
+        assert said.read_text() == expected.read_text()
+
+    def test_a_run_that_is_stopped_is_saved_and_a_person_may_let_it_go_on(
+        self, whole, tmp_path, tiny_checkpoint
+    ):
+        config = self.config(tmp_path / "run", tiny_checkpoint, "stop")
+        config.checkpoint.every, config.eval.every = 9, 0
+        stopped = r"health\.action is stop.*step 2, round 1 perceiver: kl/mean .*saved at step 2"
+        with pytest.raises(RunStopped, match=stopped):
+            launch.train(config)
+        assert [row["step"] for row in metric_rows(tmp_path / "run")] == [0, 1, 2]
+        assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+        with pytest.raises(RunStopped, match="kl/mean"):
+            launch.train(config)
+        assert len(metric_rows(tmp_path / "run")) == 3  # No step more.
+        config.health.action = "warn"
+        rest = Run(config)
+        assert [role for role, _, _ in rest.weights] == ["reasoner", "reasoner"]
+        weights = "export/model.safetensors"
+        assert (rest.folder / weights).read_bytes() == (whole.folder / weights).read_bytes()
 
 
 def test_the_compared_modes_are_those_of_evaluations():
