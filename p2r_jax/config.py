@@ -340,9 +340,13 @@ class EvalDuringTraining:
     """Questions of those evaluations."""
     final_questions: int = 1000
     """Questions of the evaluations before training and after each phase."""
-    modes: list[str] = field(default_factory=lambda: ["p2r", "live_perceiver", "live_reasoner"])
+    modes: list[str] = field(
+        default_factory=lambda: ["p2r", "live_perceiver", "live_reasoner", "default"]
+    )
     """p2r = both roles by the live weights; live_perceiver, live_reasoner = one of them, the other
-    by the snapshot of the phase's start, so that it shows which role drifts."""
+    by the snapshot of the phase's start, so that it shows which role drifts; default = the direct
+    answer to the plain image, without boxes, so that it shows what training does to the model
+    itself."""
     final_modes: list[str] = field(
         default_factory=lambda: ["default", "p2r", "oracle_box", "random_box"]
     )
@@ -374,6 +378,74 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass
+class HealthConfig:
+    """When a run is not well: thresholds on what it measures of itself, null = not watched.
+
+    Values are medians of the last `window` steps of a phase, so that one noisy step says nothing,
+    and of evaluations the newest one; "first" are the medians of the phase's first `window` steps.
+    A rule warns when its threshold is crossed, and again only after `window` steps on the right
+    side. In a joint phase each role is watched by itself.
+    """
+
+    action: Literal["warn", "stop_phase", "stop"] = "warn"
+    """warn = a line on the console, a row in RUN/warnings.jsonl, the metric `health/warnings`;
+    stop_phase = also end the phase there, so that its evaluation and the next phase follow; stop =
+    also save and end the run with exit code 2. The same command then stops again at once: go on
+    with another action or threshold, which may change in a run."""
+    window: int = 5
+    """Steps."""
+    kl: float | None = 0.5
+    """Most `kl/mean`: nats per token to the reference, the weights of the phase's start."""
+    truncated: float | None = 0.2
+    """Most `completion/truncated_fraction`: completions cut at max_new_tokens."""
+    entropy_collapse: float | None = 0.1
+    """Least `entropy/mean` relative to the first."""
+    entropy_rise: float | None = 2.5
+    """Most `entropy/mean` relative to the first, of which less than 0.04 nats count as 0.04."""
+    teaching_groups: float | None = 0.25
+    """Least `reward/teaching_groups`: groups of an update whose rewards differ; others teach
+    nothing."""
+    only_training: float | None = 0.1
+    """Most `reward/only_training`: completions that the rewarding rule calls right and the rule of
+    evaluations wrong."""
+    reward_gap: float | None = 0.15
+    """Most that the accuracy of `p2r` (else of `baseline`) in a short evaluation may fall behind
+    its highest of the phase, plus what `reward/mean` gained since; only if the accuracy fell by
+    more than its 95 % interval reaches up."""
+    anchor_rise: float | None = 0.5
+    """Most that `loss/anchor` may rise over the first: nats per token by which the idle role leaves
+    what it wrote at the phase's start."""
+    idle_drop: float | None = 0.15
+    """Most that the accuracy with the idle role live and the learning one frozen (`live_reasoner`
+    in a perceiver phase, `live_perceiver` in a reasoner phase) may fall behind its highest of the
+    phase; only if by more than its 95 % interval reaches up."""
+    grad_norm: float | None = None
+    """Most `grad_norm`, before clipping."""
+    grad_norm_rise: float | None = 10.0
+    """Most `grad_norm` relative to the median of the phase so far."""
+
+    def validate(self) -> None:
+        """Raise ValueError naming the first field that cannot work."""
+        if self.window < 1:
+            raise ValueError(f"health.window must be at least 1, got {self.window}")
+        for part in dataclasses.fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, (int, float)) and value <= 0:
+                raise ValueError(
+                    f"health.{part.name} must be above 0, or null to switch the rule off; "
+                    f"got {value}"
+                )
+        for name in ("truncated", "entropy_collapse", "teaching_groups", "only_training"):
+            value = getattr(self, name)
+            if value is not None and value >= 1:
+                raise ValueError(f"health.{name} is a share and must be below 1, got {value}")
+        for name in ("entropy_rise", "grad_norm_rise"):
+            value = getattr(self, name)
+            if value is not None and value <= 1:
+                raise ValueError(f"health.{name} is a factor and must be above 1, got {value}")
+
+
+@dataclasses.dataclass
 class TrainConfig:
     """A PRA-GRPO run."""
 
@@ -402,6 +474,7 @@ class TrainConfig:
     eval: EvalDuringTraining = field(default_factory=EvalDuringTraining)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     export: bool = True
     """Write the final weights in Hugging Face format to RUN/export."""
 
@@ -427,6 +500,7 @@ class TrainConfig:
             raise ValueError("loss.sampler_correction must be above 0 or null")
         self.buckets.validate()
         self.verifier.validate()
+        self.health.validate()
         for i, phase in enumerate(self.phases):
             try:
                 phase.validate()

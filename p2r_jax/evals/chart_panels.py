@@ -66,6 +66,7 @@ _ABOUT: dict[str, dict[str, str]] = {
         "reward/dropped_fraction": "share of samples that nothing could grade",
         "batches": "batches of questions that a step took",
         "skipped_steps": "gradients not finite, in this phase so far",
+        "health/warnings": "of the run so far",
         "sampler_gap": "log-probs of rollout and update, difference",
         "verifier": "judgements of a step",
         "compile/count": "programs compiled in a step",

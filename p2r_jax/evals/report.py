@@ -28,6 +28,7 @@ from p2r_jax.evals.chart_phases import is_step
 from p2r_jax.evals.records import sample_of
 from p2r_jax.evals.report_changes import Against, Mark, against_rows, marks_of
 from p2r_jax.evals.report_gallery import eval_card, sample_groups
+from p2r_jax.evals.report_health import health_of
 from p2r_jax.evals.report_progress import Progress, progress_of
 from p2r_jax.evals.report_results import (
     Evaluation,
@@ -157,6 +158,7 @@ def write_report(
         "wall_seconds": summary.get("wall_seconds") or (time.whole.total if time else None),
         "curves": curves,
         "time": time,
+        "health": health_of(run, progress, evaluations, comparisons, summary, notes),
         "headline": headline,
         "newest": _newest(rows, headline),
         "evaluations": evaluations,

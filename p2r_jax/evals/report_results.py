@@ -14,6 +14,7 @@ from typing import Any
 
 from p2r_jax.evals import scoring
 from p2r_jax.evals.run_folder import natural, read_json
+from p2r_jax.evals.verdicts import mode_that_counts
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -32,12 +33,14 @@ class Evaluation:
 @dataclasses.dataclass(frozen=True)
 class Headline:
     """The first evaluation against the newest finished one. `rows`: (mode, first summary, newest
-    summary, comparison); `mode` is the one that counts."""
+    summary, comparison); `mode` is the one that counts. `stations`: (evaluation, its summary of
+    that mode, comparison with the one before), of all finished ones: the end of each phase."""
 
     mode: str
     first: str
     last: str | None
     rows: list[tuple[str, dict[str, Any] | None, dict[str, Any] | None, dict[str, Any] | None]]
+    stations: list[tuple[str, dict[str, Any], Mapping[str, Any] | None]]
 
 
 def evaluations_of(
@@ -106,8 +109,7 @@ def headline_of(
         return None
     finished = [e for e in evaluations if e.finished] or list(evaluations)
     first = finished[0]
-    preferred = [m for m in ("p2r", *first.modes) if m in first.modes]
-    mode = preferred[0]
+    mode = mode_that_counts(first.modes) or next(iter(first.modes))
     later = [e for e in finished[1:] if mode in e.modes]
     last = later[-1] if later else None
     pairs = {(c["a"], c["b"]): c for c in comparisons}
@@ -118,7 +120,11 @@ def headline_of(
         after = last.modes.get(name) if last else None
         pair = pairs.get(((first.name, name), (last.name, name))) if last else None
         rows.append((name, first.modes[name], after, pair))
-    return Headline(mode, first.name, last.name if last else None, rows)
+    stations: list[Any] = [(first.name, first.modes[mode], None)]
+    for one in later:
+        pair = pairs.get(((stations[-1][0], mode), (one.name, mode)))
+        stations.append((one.name, one.modes[mode], pair))
+    return Headline(mode, first.name, last.name if last else None, rows, stations)
 
 
 def eval_order(name: str) -> tuple[int, list[Any]]:

@@ -3,7 +3,6 @@ frozen other one, so that it shows which of them drifts."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -131,16 +130,14 @@ class Evaluations:
         counts = self.grader.counts()
         return flat | {f"eval/verifier_{name}": count for name, count in counts.items()}
 
-    def load(self, step: int) -> None:
-        """After a resume at `step`: the full ones that were done by then."""
-        steps = [0, *(phase.steps for phase in self.phases)]
-        names = ("before", *map(self.name_after, self.phases))
+    def load(self, phases_done: int) -> None:
+        """After a resume, when so many phases are over: the full ones that were done by then."""
+        names = ("before", *map(self.name_after, self.phases[:phases_done]))
         files = [self.run / "eval" / f"{name}.json" for name in names]
         # One process decides for all: a file that only some of them see would part their ways.
         there = gather(np.asarray([file.is_file() for file in files]))[0]
-        done = itertools.accumulate(steps)
-        for name, file, end, found in zip(names, files, done, there, strict=True):
-            if end <= step and found:
+        for name, file, found in zip(names, files, there, strict=True):
+            if found:
                 self.summaries[name] = json.loads(file.read_text())["modes"] if is_main() else {}
 
 

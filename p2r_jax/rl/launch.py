@@ -18,6 +18,7 @@ from p2r_jax.data.sources import FileSource, SourceError, load_source
 from p2r_jax.evals.modes import parse_modes
 from p2r_jax.evals.report import write_report
 from p2r_jax.evals.scoring import format_table, summary_rows
+from p2r_jax.evals.verdicts import outcome, verdict_rows
 from p2r_jax.ops.kernels import Kernels
 from p2r_jax.parallel.mesh import batch_shards, make_mesh, parameter_shardings
 from p2r_jax.parallel.multihost import any_process, is_main
@@ -36,8 +37,9 @@ from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import Buckets
 from p2r_jax.roles.verifiers import make_verifier
 
-FREE_TO_CHANGE = ("run", "log", "checkpoint", "mesh", "distributed", "rollout", "export")
-"""Settings of how fast and on what, not of what: a run may go on with others."""
+FREE_TO_CHANGE = ("run", "log", "checkpoint", "mesh", "distributed", "rollout", "export", "health")
+"""Settings of how fast and on what, not of what: a run may go on with others. `health` too: a
+person who has read why a run stopped may let it go on."""
 FREE_PARTS = {
     # Paths differ between machines; checkpoints know what weights and rows they are of.
     "model": ("kernels", "path"),
@@ -199,12 +201,17 @@ def _train(
         }
         if rows:
             console.print(format_table(summary_rows(rows)), markup=False, highlight=False)
+        judged = verdict_rows(summary["phases"])
+        if judged:
+            console.print(format_table(judged), markup=False, highlight=False)
         stages = ", ".join(f"{k} {v:.0f} s" for k, v in summary["stages"].items())
         console.print(f"{summary['wall_seconds']:.0f} s: {stages}", highlight=False)
         try:
             console.print(f"report: {write_report(run)}", highlight=False, soft_wrap=True)
         except Exception as error:  # The run is done and saved; its page can be made again.
             console.print(f"no report was written ({error!r}): p2r report {run}")
+        ended = outcome(summary["phases"], summary["warnings"])
+        console.print(ended, markup=False, highlight=False, soft_wrap=True)
     return summary
 
 

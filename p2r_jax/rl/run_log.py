@@ -61,7 +61,7 @@ class RunLog:
         if not self.metrics_file.exists():
             return
         lines = self.metrics_file.read_text().splitlines()
-        kept = [line for line in lines if _step_of(line) <= step and self._is_finished(line)]
+        kept = [line for line in lines if step_of(line) <= step and self._is_finished(line)]
         write_whole(self.metrics_file, "".join(line + "\n" for line in kept))
 
     def _is_finished(self, line: str) -> bool:
@@ -151,7 +151,7 @@ class _Board:
             self._scratch.cleanup()
 
 
-def _step_of(line: str) -> float:
+def step_of(line: str) -> float:
     """Step of a metrics line; a line cut by a crash counts as never written."""
     try:
         return float(json.loads(line)["step"])

@@ -94,6 +94,12 @@ class Progress:
     """The next batch of questions of the phase; ahead of `phase_step` with dynamic sampling."""
     tokens: int = 0
     """Of prompts and completions that have been trained on so far, over all phases."""
+    ended: bool = False
+    """The phase is over before its steps are done, see `HealthConfig.action`."""
+
+    def is_over(self, phase: Phase) -> bool:
+        """Whether the phase that this is in has no step left."""
+        return self.ended or self.phase_step >= phase.steps
 
     def after_step(self, batches: int = 1, tokens: int = 0) -> Progress:
         """One step further in the same phase, which took so many batches and trained on so many
@@ -108,4 +114,8 @@ class Progress:
 
     def next_phase(self) -> Progress:
         """At the start of the following phase."""
-        return dataclasses.replace(self, phase=self.phase + 1, phase_step=0, batch=0)
+        return dataclasses.replace(self, phase=self.phase + 1, phase_step=0, batch=0, ended=False)
+
+    def end_phase(self) -> Progress:
+        """Where it is, with no further step in this phase."""
+        return dataclasses.replace(self, ended=True)

@@ -32,6 +32,7 @@ from rich.progress import Progress as ProgressBar
 
 from p2r_jax.config import PhaseConfig, TrainConfig
 from p2r_jax.data.loader import LoadedRow, Unreadable, training_batches
+from p2r_jax.evals.verdicts import phase_verdicts, spans_of
 from p2r_jax.parallel.compilations import Compilations
 from p2r_jax.parallel.mesh import for_decoding
 from p2r_jax.parallel.multihost import gather, is_main
@@ -60,6 +61,7 @@ from p2r_jax.rl.step import (
 )
 from p2r_jax.rl.stop import Interrupted, Preempted, RunStopped, StopRequests
 from p2r_jax.rl.updates import Collected, Updates
+from p2r_jax.rl.watch import Watch
 from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.image_store import ImageStore, share_of
 from p2r_jax.roles.pipeline import Pipeline
@@ -114,6 +116,7 @@ class Trainer:
         self.unreadable = Unreadable(limit, listing if is_main() else None)
         self.live: Live
         self.checkpoints: Checkpoints
+        self.watch: Watch
         self._reference: nnx.State | None = None
         self._between: dict[str, float] = {}
         layout = for_decoding(like, self.mesh)
@@ -182,10 +185,10 @@ class Trainer:
         self.stops.check()
         live = self.live
         # A pending row is written again, even if a run that was killed has written it before.
-        log = RunLog(
-            self.run_folder, self.config.log, live.progress.step - (live.pending is not None)
-        )
-        self.evaluations.load(live.progress.step)
+        written = live.progress.step - (live.pending is not None)
+        log = RunLog(self.run_folder, self.config.log, written)
+        self.watch = Watch(self.run_folder, self.config.health, written, self._warn)
+        self.evaluations.load(self._phases_done())
         self._evaluate("before", log)
         with self._progress_bar() as bar:
             task = bar.add_task("training", total=self.total_steps, completed=live.progress.step)
@@ -203,7 +206,7 @@ class Trainer:
                     self.unreadable,
                     share_of(self.mesh),
                 )
-                while live.progress.phase_step < phase.steps:
+                while not live.progress.is_over(phase):
                     metrics, used = self._step(phase, batches, log)
                     live.progress = live.progress.after_step(used, _tokens(metrics))
                     live.pending = metrics | {"tokens/seen": live.progress.tokens}
@@ -353,13 +356,28 @@ class Trainer:
             metrics["time/evaluation"] = time.perf_counter() - begin
         where = {"phase": phase.role, "round": phase.round + 1, "phase_number": phase.number + 1}
         where["phase_step"] = progress.phase_step
+        acts = self.watch.after_step(progress.step, where, metrics)
         log.metrics(progress.step, where, metrics | self._between)
         self._between, self.live.pending = {}, None
-        if progress.phase_step == phase.steps or self.checkpoints.due(progress.step):
+        if acts and self.config.health.action == "stop_phase":
+            self.live.progress = progress = progress.end_phase()
+        if progress.is_over(phase) or self.checkpoints.due(progress.step):
             begin = time.perf_counter()
             self._save()
             # The row of this step must be there before its checkpoint is: it goes into the next.
             self._between = {"time/save": time.perf_counter() - begin}
+        if acts and self.config.health.action == "stop":
+            self._save()
+            self.watch.stop(progress.step)
+
+    def _phases_done(self) -> int:
+        """Phases without a step left, whether they are evaluated or not."""
+        progress = self.live.progress
+        own = self.phases[progress.phase : progress.phase + 1]
+        return progress.phase + sum(progress.is_over(phase) for phase in own)
+
+    def _warn(self, text: str) -> None:
+        self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _save(self) -> None:
         live = self.live
@@ -410,6 +428,9 @@ class Trainer:
             headline = modes.get("p2r") or next(iter(modes.values()))
             summary[name] = {k: v for k, v in headline.items() if k != "by_category"}
             summary[name]["modes"] = modes
+        roles = [phase.role for phase in self.config.phases]
+        summary["phases"] = phase_verdicts(self.run_folder, spans_of(roles, self.config.rounds))
+        summary["warnings"] = self.watch.monitor.count
         seconds = collections.defaultdict(float, log.seconds())
         for name, value in self._between.items():
             seconds[name.removeprefix("time/")] += value

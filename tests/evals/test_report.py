@@ -35,7 +35,8 @@ class TestPage:
 
     def test_every_section_is_there(self, page):
         ids = {a.get("id") for _, a in page.elements}
-        sections = {"summary", "curves", "time", "evaluation", "answers", "samples", "config"}
+        sections = {"health", "summary", "curves", "time", "evaluation", "answers", "samples"}
+        sections |= {"config"}
         assert sections <= ids
         assert {a["href"] for t, a in page.elements if t == "a"} == {f"#{s}" for s in sections} | {
             "#main"

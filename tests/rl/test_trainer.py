@@ -23,7 +23,7 @@ from p2r_jax.rollout.sampling import Sampling
 from tests.rl.runs import Run
 from tests.rl.tiny_run import GROUP, PROMPTS, TOKENS, make_config
 
-LIVE = ["p2r", "live_perceiver", "live_reasoner"]
+LIVE = ["p2r", "live_perceiver", "live_reasoner", "default"]
 MODES = {
     "before": ["p2r", "oracle_box"],
     "after_phase1_perceiver": LIVE,
@@ -145,6 +145,23 @@ class TestWhatARunLeavesBehind:
                 assert sample["reward"] in (0, 1)
                 assert len(sample["boxes"]) == 1
                 assert (whole.folder / sample["image"]).is_file()
+
+    def test_a_run_that_is_well_has_no_warnings(self, whole):
+        """Its phases are shorter than the window."""
+        assert (whole.folder / "warnings.jsonl").read_text() == ""
+        assert [row["health/warnings"] for row in whole.steps] == [0] * 4
+        assert whole.summary["warnings"] == 0
+
+    def test_each_phase_is_judged_by_the_evaluations_around_it(self, whole):
+        first, second = whole.summary["phases"]
+        assert (first["start"], first["end"]) == ("before", "after_phase1_perceiver")
+        assert (second["start"], second["end"]) == ("after_phase1_perceiver", "after")
+        for entry in (first, second):
+            assert (entry["mode"], entry["n"]) == ("p2r", PROMPTS)
+            for side, name in (("accuracy_start", entry["start"]), ("accuracy_end", entry["end"])):
+                assert entry[side] == whole.summary[name]["accuracy"]
+            assert entry["verdict"] == "no clear change"  # Of four questions.
+            assert 0 < entry["p_value"] <= 1
 
     def test_summary(self, whole):
         written = json.loads((whole.folder / "summary.json").read_text())
