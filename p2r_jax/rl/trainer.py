@@ -266,7 +266,8 @@ class Trainer:
         there, found = self.checkpoints.steps(), None
         for score in candidates:
             if score.step == 0:
-                found = new_state(self.load(), self.updates.optimizer(self.phases[0]))
+                params, first = self.load(), self.updates.optimizer(self.phases[0])
+                found = new_state(params, first) if optimizer else with_state(params, ())
             elif score.step in there:
                 found = self.checkpoints.weights(score.step, self._like, optimizer)
             if found is not None:
