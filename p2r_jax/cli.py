@@ -297,7 +297,10 @@ def _convert_parser() -> ArgumentParser:
         help="what the weights are written in, whatever they are read in",
     )
     parser.add_argument(
-        "--step", type=int | None, default=None, help="to-hf: checkpoint of a run; default, newest"
+        "--step",
+        type=int | Literal["best", "last"] | None,
+        default=None,
+        help="to-hf: checkpoint of a run, or `best` by its own evaluations; default, the last",
     )
     parser.add_argument(
         "--files_from",

@@ -160,7 +160,8 @@ def _pending(run: Path, config: Mapping[str, Any], phases: Sequence[Planned]) ->
     pending = [f"evaluation {name}" for name in missing]
     if len(pending) > 4:
         pending[2:-1] = [f"{len(pending) - 3} more"]
-    for name in ("summary.json", *(["export"] if config.get("export", True) else [])):
+    export = config.get("export", True) not in (False, "none")
+    for name in ("summary.json", *(["export"] if export else [])):
         if not (run / name).exists():
             pending.append(f"{name} ({WRITTEN_LAST[name]})")
     return pending

@@ -48,6 +48,7 @@ def export(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: bool = False,
+    readme: str | None = None,
 ) -> None:
     """`save_pretrained` for parameters that are fetched by name: value("lm_head"), say.
 
@@ -83,6 +84,8 @@ def export(
         if any_process(out.failure is not None):
             raise out.failure or OSError(f"another process could not write its part of {path}")
         on_main(lambda: out.write_index(total))
+        if readme is not None:
+            on_main(lambda: (folder / "README.md").write_text(readme))
         on_main(lambda: write_config(config, folder, dtype))
 
 

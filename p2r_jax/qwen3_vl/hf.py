@@ -197,14 +197,15 @@ def save_pretrained(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: bool = False,
+    readme: str | None = None,
 ) -> None:
     """Write a folder that transformers loads: safetensors shards, index, config (4.57 form).
 
     files_from: a checkpoint folder whose tokenizer, chat template, processor and generation files
-    are carried along. overwrite: replace a folder that is there. progress: show a bar. Several
-    processes write the files between them. Written beside the target and renamed, so a killed
-    export never looks whole. Raises FileExistsError if `path` exists, OSError if a process cannot
-    write, and ValueError for types that cannot be written.
+    are carried along. overwrite: replace a folder that is there. progress: show a bar. readme: text
+    of its README.md. Several processes write the files between them. Written beside the target and
+    renamed, so a killed export never looks whole. Raises FileExistsError if `path` exists, OSError
+    if a process cannot write, and ValueError for types that cannot be written.
     """
     flat = flat_state(nnx.state(model, nnx.Param))
     export(
@@ -217,6 +218,7 @@ def save_pretrained(
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         progress=progress,
+        readme=readme,
     )
 
 

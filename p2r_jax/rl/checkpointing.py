@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -24,12 +24,16 @@ from flax import nnx
 from p2r_jax.config import CheckpointConfig
 from p2r_jax.parallel.multihost import any_process, is_main, on_main
 from p2r_jax.paths import is_remote, move_folder, remove_folder
+from p2r_jax.qwen3_vl.arrays import restore_arrays
+from p2r_jax.rl.best import FILE, Best, StayingCheckpoints, ranked, scores_of
 from p2r_jax.rl.schedule import Progress
-from p2r_jax.rl.step import TrainState
+from p2r_jax.rl.step import TrainState, with_state
 from p2r_jax.rl.stop import RunStopped
 
 PARAMS = "params"
 """The policy's weights in a checkpoint."""
+OPTIMIZER = "opt_state"
+"""The optimizer's state there."""
 COMMIT = "commit_success.txt"
 """What orbax writes last of a checkpoint in a bucket; on a disk it renames the folder."""
 
@@ -44,18 +48,22 @@ class Checkpoints:
         settings: dict[str, Any] | None = None,
         notify: Callable[[str], None] = print,
         data: dict[str, Any] | None = None,
+        best: Best | None = None,
     ):
         """settings: of the run, written into each checkpoint. notify: told what a person should
         know of damaged checkpoints. data: JSON values that describe the data; a checkpoint that
-        has others is refused."""
+        has others is refused. best: what the run knows of its evaluations; it is saved, restored,
+        and asked which checkpoints stay beside the newest."""
         self.every, self.notify, self.settings = config.every, notify, settings or {}
-        self.data = data or {}
+        self.data, self.best = data or {}, best
         self.folder = (run / "checkpoints").absolute()
         self.saved: int | None = None
         """Step of the newest checkpoint."""
         on_main(self._remove_unfinished)
+        policies = ocp.checkpoint_managers
+        stay = [policies.LatestN(config.keep), *([StayingCheckpoints(best)] if best else [])]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep,
+            preservation_policy=policies.AnyPreservationPolicy(stay),
             enable_async_checkpointing=True,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
@@ -87,6 +95,7 @@ class Checkpoints:
         meta = {
             "progress": dataclasses.asdict(progress),
             "pending": pending,
+            "best": None if self.best is None else self.best.to_json(),
             "data": self.data,
             "contents": _fingerprint(tree),
             "settings": self.settings,
@@ -196,11 +205,47 @@ class Checkpoints:
             self.notify(f"the checkpoint was written with another environment: {changed}")
         state = TrainState(
             _refill(like.params, read[PARAMS], _named),
-            _refill(like.opt_state, read["opt_state"], _numbered),
+            _refill(like.opt_state, read[OPTIMIZER], _numbered),
             read["skipped"],
         )
         frozen = _refill(snapshot, read["snapshot"], _named)
-        return Progress(**meta["progress"]), state, frozen, meta["pending"]
+        progress = Progress(**meta["progress"])
+        if self.best is not None:
+            self.best.load(meta.get("best"), progress.step)
+        return progress, state, frozen, meta["pending"]
+
+    def steps(self) -> list[int]:
+        """That there are checkpoints of, one that is being written included."""
+        return sorted(self.manager.all_steps())
+
+    def weights(self, step: int, like: TrainState, optimizer: bool) -> TrainState | None:
+        """Of the checkpoint of a step, which is written; None, with a message, if it is damaged.
+
+        like: as of `restore`. optimizer: whether its state is read too; else it is ().
+        """
+        found = problem = None
+        for wait in (1.0, 4.0, None):  # As in `_read_insisting`.
+            try:
+                found = self._read_weights(step, like, optimizer)
+                break
+            except (OSError, ValueError) as error:
+                problem = _first_line(error)
+                if wait is not None:
+                    time.sleep(wait)
+        if not any_process(found is None):
+            return found
+        problem = problem or "another process could not read it"
+        self.notify(f"the checkpoint of step {step} cannot be read: {problem}")
+        return None
+
+    def _read_weights(self, step: int, like: TrainState, optimizer: bool) -> TrainState:
+        folder = self.folder / str(step) / "state"
+        read = restore_arrays(folder, _named(like.params), (PARAMS,))
+        params, opt_state = _refill(like.params, read, _named), ()
+        if optimizer:
+            read = restore_arrays(folder, _numbered(like.opt_state), (OPTIMIZER,))
+            opt_state = _refill(like.opt_state, read, _numbered)
+        return with_state(params, opt_state)
 
     def _set_aside(self, step: int, problem: str) -> None:
         self.notify(f"the checkpoint of step {step} cannot be read and is skipped: {problem}")
@@ -230,11 +275,19 @@ class SavedWeights:
     """With the arrays, of which PARAMS are the weights; see `qwen3_vl.arrays`."""
     model: str
     """The checkpoint that the run started from, as its settings name it."""
+    meta: dict[str, Any]
+    """What `Checkpoints.save` wrote beside the arrays."""
+    record: dict[str, Any] | None
+    """What the run knows of its evaluations, see `Best.to_json`."""
 
     @classmethod
-    def find(cls, path: Path, step: int | None = None) -> SavedWeights | None:
-        """Of a run folder (its newest checkpoint, or that of `step`) or a checkpoint's own folder;
-        None for any other folder. Raises ValueError for a step that there is not."""
+    def find(
+        cls, path: Path, step: int | Literal["best", "last"] | None = None
+    ) -> SavedWeights | None:
+        """Of a run folder (its newest checkpoint, that of `step`, or its best one) or a
+        checkpoint's own folder; None for any other folder. Raises ValueError for a step that there
+        is not."""
+        step = None if step == "last" else step
         path = path.resolve()
         folder = path if path.name == "checkpoints" else path / "checkpoints"
         if (path / "meta").is_dir() and path.name.isdigit():
@@ -243,15 +296,19 @@ class SavedWeights:
             found = path
         elif folder.is_dir():
             steps = _steps(folder)
+            if step == "best":
+                step = _best_step(folder, steps)
             if step not in [None, *steps] or not steps:
                 wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-                raise ValueError(f"{folder} holds {wanted}; there are {steps or 'none'}")
+                raise ValueError(f"{folder} holds {wanted}; {_there_are(folder, steps)}")
             found = folder / str(steps[-1] if step is None else step)
         else:
             return None
         try:
             meta = json.loads((found / "meta" / "metadata").read_text())
-            return cls(int(found.name), found / "state", meta["settings"]["model"]["path"])
+            model = meta["settings"]["model"]["path"]
+            record = _record(found.parent, _steps(found.parent))
+            return cls(int(found.name), found / "state", model, meta, record)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{found} is not a whole checkpoint of a run: {error!r}; there are "
@@ -268,6 +325,46 @@ def _is_unfinished(path: Path) -> bool:
 def _steps(folder: Path) -> list[int]:
     found = (p for p in folder.iterdir() if p.name.isdigit() and not _is_unfinished(p))
     return sorted(int(p.name) for p in found)
+
+
+def _record(folder: Path, steps: list[int]) -> dict[str, Any] | None:
+    """What a run knows of its evaluations. The newest checkpoint lacks the one that came after."""
+    file = folder.parent / FILE
+    if file.is_file():
+        return json.loads(file.read_text())
+    if not steps:
+        return None
+    return json.loads((folder / str(steps[-1]) / "meta" / "metadata").read_text()).get("best")
+
+
+def _ranked(folder: Path, steps: list[int]) -> list[int]:
+    """Steps whose weights were evaluated and can be had, the best first."""
+    try:
+        record = _record(folder, steps)
+        scores = [] if record is None else ranked(scores_of(record))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # Who asks for another step needs no evaluations.
+    return [score.step for score in scores if score.step in [0, *steps]]
+
+
+def _best_step(folder: Path, steps: list[int]) -> int:
+    best = _ranked(folder, steps)
+    if not best:
+        raise ValueError(
+            f"nothing in {folder.parent} tells which of its checkpoints is best: name one with "
+            f"--step; there are {steps or 'none'}"
+        )
+    if best[0] == 0:
+        raise ValueError(
+            f"no step of {folder.parent} is better than the weights that it started from: take "
+            f"those, or name one with --step; {_there_are(folder, steps)}"
+        )
+    return best[0]
+
+
+def _there_are(folder: Path, steps: list[int]) -> str:
+    best = [step for step in _ranked(folder, steps) if step]
+    return f"there are {steps or 'none'}" + (f", of which {best[0]} is best" if best else "")
 
 
 def environment() -> dict[str, str]:
@@ -318,7 +415,7 @@ def _refill(like: Any, leaves: dict[str, Any], names: Callable[[Any], dict[str, 
 def _tree(state: TrainState, snapshot: Any) -> dict[str, Any]:
     return {
         PARAMS: _named(state.params),
-        "opt_state": _numbered(state.opt_state),
+        OPTIMIZER: _numbered(state.opt_state),
         "skipped": state.skipped,
         "snapshot": _named(snapshot),
     }

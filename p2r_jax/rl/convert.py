@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import jax
 from flax import nnx
@@ -25,7 +26,9 @@ from p2r_jax.qwen3_vl.hf import (
 )
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.names import flat_state
+from p2r_jax.rl.best import ranked, scores_of
 from p2r_jax.rl.checkpointing import PARAMS, SavedWeights
+from p2r_jax.rl.model_card import Exported
 
 
 def from_hf(source: str | Path, out: str | Path, dtype: str = "bfloat16") -> None:
@@ -45,22 +48,24 @@ def to_hf(
     source: str | Path,
     out: str | Path,
     dtype: str = "bfloat16",
-    step: int | None = None,
+    step: int | Literal["best", "last"] | None = None,
     files_from: str | Path | None = None,
 ) -> None:
     """The weights of a run, one of its checkpoints or a converted folder, for transformers.
 
-    Reads one parameter at a time, and nothing of the optimizer. step: of a run; default, its newest
-    checkpoint. files_from: the checkpoint that the run started from, if it is no longer where it
-    was. Raises ValueError or OSError naming what cannot be used.
+    Reads one parameter at a time, and nothing of the optimizer. step: of a run, or its best one by
+    its own evaluations; default, the last, its newest checkpoint. files_from: the checkpoint that
+    the run started from, if it is no longer where it was. Raises ValueError or OSError naming what
+    cannot be used.
     """
     console, begin = _console(), time.perf_counter()
     source, out = as_path(source), as_path(out)
     files_from = as_path(files_from) if files_from else None
     saved = SavedWeights.find(source, step)
     converted = source / ARRAYS
+    readme = None
     if saved is not None:
-        folder, base = saved.folder, files_from or _base(saved)
+        folder, base, readme = saved.folder, files_from or _base(saved), card_of(saved)
         console.print(f"weights of step {saved.step}; config and tokenizer of {base}")
         found = array_types(folder, (PARAMS,))
     elif converted.is_dir() and step is None:
@@ -84,7 +89,7 @@ def to_hf(
             return restore_array(folder, name, like)
         return restore_arrays(folder, {name: like}, (PARAMS,))[name]
 
-    export(config, shapes, value, out, files_from=base, dtype=dtype, progress=True)
+    export(config, shapes, value, out, files_from=base, dtype=dtype, progress=True, readme=readme)
     _report(out, begin, console)
 
 
@@ -100,6 +105,22 @@ def _base(saved: SavedWeights) -> Path:
             f"the run started from {saved.model}, which is not there: name the folder that holds "
             "its config.json and tokenizer with --files_from"
         ) from error
+
+
+def card_of(saved: SavedWeights) -> str:
+    """README.md of a checkpoint's weights."""
+    record, meta = saved.record or {"metric": None, "scores": []}, saved.meta
+    scores = ranked(scores_of(record))
+    score = next((score for score in scores if score.step == saved.step), None)
+    return Exported(
+        meta["settings"],
+        (meta.get("data") or {}).get("steps of each phase", ()),
+        saved.step,
+        meta["progress"]["phase"],
+        record["metric"],
+        score,
+        len(scores) if score is not None and score == scores[0] else None,
+    ).card()
 
 
 def _report(out: Path, begin: float, console: Console) -> None:

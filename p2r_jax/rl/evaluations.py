@@ -13,11 +13,13 @@ from flax import nnx
 
 from p2r_jax.config import TrainConfig
 from p2r_jax.data.loader import ImageCache, LoadedRow, Unreadable, evaluation_batches
+from p2r_jax.evals.intervals import Accuracy
 from p2r_jax.evals.record_file import EvalWriter
 from p2r_jax.evals.runner import Decoding, evaluate
 from p2r_jax.evals.scoring import summarize_modes
 from p2r_jax.parallel.multihost import gather, is_main
 from p2r_jax.paths import as_path
+from p2r_jax.rl.best import accuracy_of, metric_of, shared_questions
 from p2r_jax.rl.run_log import RunLog
 from p2r_jax.rl.schedule import Phase, learning_roles
 from p2r_jax.roles.grading import Grader
@@ -48,6 +50,10 @@ class Evaluations:
         self.decoding = decoding_of(config)
         self.summaries: dict[str, dict[str, Any]] = {}
         """Of the full ones that are done: name -> mode -> summary."""
+        self.metric = metric_of(config)
+        self.shared: Accuracy | None = None
+        """By `metric`, of the last evaluation: on the questions that all of them share."""
+        self._shared_ids: set[str] | None = None
 
     def name_after(self, phase: Phase) -> str:
         """Name of the evaluation that follows a phase."""
@@ -73,6 +79,7 @@ class Evaluations:
             grader=self.grader,
             partner=partner,
         )
+        self.shared = self._on_shared(records)
         return self._flat(records)
 
     def _batches(self, questions: int) -> Iterator[list[LoadedRow]]:
@@ -88,7 +95,7 @@ class Evaluations:
     def _modes(self, name: str) -> list[str]:
         settings = self.config.eval
         if name == "before":  # The snapshot is the policy: one mode tells all.
-            return settings.final_modes
+            return list(dict.fromkeys([*settings.final_modes, *filter(None, [self.metric])]))
         if name == "after":
             return list(dict.fromkeys([*settings.final_modes, *settings.modes]))
         return settings.modes
@@ -97,7 +104,7 @@ class Evaluations:
         self, name: str, params: nnx.State, partner: nnx.State, log: RunLog, step: int
     ) -> None:
         """Records, pictures and summary under RUN/eval."""
-        settings, begin = self.config.eval, time.perf_counter()
+        settings, begin, self.shared = self.config.eval, time.perf_counter(), None
         if not settings.final_questions:
             return
         writer = EvalWriter(self.run, name, pictures=40)
@@ -117,6 +124,28 @@ class Evaluations:
         # In this order: a row without its summary is dropped on resume and written again.
         log.metrics(step, {"phase": "eval", "name": name}, metrics)
         self.summaries[name] = writer.finish(records)["modes"]
+        self.shared = self._on_shared(records)
+
+    def read_shared(self, name: str) -> None:
+        """Set `shared` to what it was after this evaluation, which is done, from its records."""
+        self.shared, figures = None, np.zeros(4)
+        file = self.run / "eval" / f"{name}.jsonl"
+        if is_main() and file.is_file():
+            lines = file.read_text().splitlines()
+            found = self._on_shared(list(map(json.loads, lines)))
+            if found is not None:
+                figures = np.asarray([found.accuracy, found.low, found.high, found.n], float)
+        accuracy, low, high, n = map(float, gather(figures)[0])
+        if n:
+            self.shared = Accuracy(accuracy, low, high, int(n))
+
+    def _on_shared(self, records: list[dict[str, Any]]) -> Accuracy | None:
+        if self.metric is None:
+            return None
+        if self._shared_ids is None:
+            count = min(shared_questions(self.config), len(self.source))
+            self._shared_ids = {self.source[i].id for i in range(count)}
+        return accuracy_of(records, self.metric, self._shared_ids)
 
     def _flat(self, records: list[dict[str, Any]]) -> dict[str, float]:
         """Flat metrics; answers that nothing could grade are left out and counted."""

@@ -26,6 +26,7 @@ from p2r_jax.paths import as_path, write_whole
 from p2r_jax.qwen3_vl.hf import abstract_model, load_pretrained
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.rl.best import metric_of
 from p2r_jax.rl.experience import phase_sampling
 from p2r_jax.rl.rewards import Verifier, require_verifier
 from p2r_jax.rl.run_log import require_wandb
@@ -65,6 +66,7 @@ def build_trainer(
     config.validate()
     parse_modes(config.eval.modes, partner=True)
     parse_modes(config.eval.final_modes)
+    metric_of(config)
     require_wandb(config.log)
     folder = locate_checkpoint(config.model.path)
     buckets = Buckets.of(config.buckets)
@@ -239,7 +241,12 @@ def check_same_config(config: TrainConfig, run: Path) -> None:
         for part, names in FREE_PARTS.items():
             for name in names:
                 settings.get(part, {}).pop(name, None)
+    for phase in before.get("phases") or []:
+        phase.setdefault("start", "last")  # Runs of earlier versions do not name it.
     changed = [k for k in now if k not in FREE_TO_CHANGE and before.get(k) != now[k]]
+    best = [settings.get("checkpoint", {}).get("keep_best") for settings in (now, before)]
+    if best[0] != best[1] and any(phase.start == "best" for phase in config.phases):
+        changed.append("checkpoint.keep_best")  # A phase would start with other weights.
     if changed:
         raise ValueError(
             f"{run} was started with other settings ({', '.join(changed)}): choose another "

@@ -39,6 +39,7 @@ from p2r_jax.parallel.multihost import gather, is_main
 from p2r_jax.paths import as_path
 from p2r_jax.qwen3_vl.hf import save_pretrained
 from p2r_jax.rl.batches import advantages_of
+from p2r_jax.rl.best import Best, Score
 from p2r_jax.rl.checkpointing import Checkpoints, abstract
 from p2r_jax.rl.evaluations import Evaluations
 from p2r_jax.rl.experience import (
@@ -50,6 +51,7 @@ from p2r_jax.rl.experience import (
     sample_records,
     teaches,
 )
+from p2r_jax.rl.model_card import Exported
 from p2r_jax.rl.run_log import RunLog
 from p2r_jax.rl.schedule import Phase, Progress, plan_phases
 from p2r_jax.rl.step import (
@@ -103,6 +105,7 @@ class Trainer:
         self.train_source = train_source
         self.grader = grader
         self.phases = plan_phases(config, len(train_source))
+        self.best = Best(config, self.phases)
         self.run_folder = as_path(config.run)
         self.mesh = pipeline.builder.mesh
         self.dtype = jnp.dtype(config.model.compute_dtype)
@@ -119,6 +122,7 @@ class Trainer:
         self.watch: Watch
         self._reference: nnx.State | None = None
         self._between: dict[str, float] = {}
+        self._exported: Exported | None = None
         layout = for_decoding(like, self.mesh)
         rollout = jnp.dtype(config.model.rollout_dtype or config.model.compute_dtype)
         self._to_rollout = jax.jit(lambda p: cast(p, rollout), out_shardings=layout)
@@ -131,9 +135,15 @@ class Trainer:
         """Weights on the devices: of the newest checkpoint, or those that the run starts from."""
         settings = dataclasses.asdict(self.config)
         self.checkpoints = Checkpoints(
-            self.run_folder, self.config.checkpoint, settings, self.console.print, self._data()
+            self.run_folder,
+            self.config.checkpoint,
+            settings,
+            self.console.print,
+            self._data(),
+            self.best,
         )
         like, snapshot = self._state_like()
+        self._like = like
         self.updates.layout = layout_of(like)
         found = self.checkpoints.restore(like, snapshot)
         if found is None:
@@ -214,10 +224,11 @@ class Trainer:
                     shown = f"round {phase.round + 1} {phase.role}"
                     reward = f"{shown}, reward {metrics['reward/mean']:.2f}"
                     bar.update(task, completed=live.progress.step, description=reward)
+                self.best.ended(live.progress.step)
                 self._evaluate(self.evaluations.name_after(phase), log)
                 live.progress = live.progress.next_phase()
         self.checkpoints.close()
-        if self.config.export:
+        if self.config.export != "none":
             self._export(log)
         log.close()
         return self._write_summary(log)
@@ -225,6 +236,16 @@ class Trainer:
     def _start_phase(self, phase: Phase) -> None:
         """The policy becomes snapshot; the optimizer starts anew if it is set to."""
         live = self.live
+        source = live.progress.step
+        if phase.config.start == "best":
+            best = self._take_best(phase.number - 1, not self.config.optimizer.reset)
+            source = source if best is None else best.step
+            why = "nothing tells which is best" if best is None else f"{self.best.metric} {best}"
+            self._say(
+                f"phase {phase.number + 1} ({phase.role}) starts with the weights of step {source}"
+                f", the best of phase {phase.number}: {why}"
+            )
+        self.best.started(phase.number, source)
         params, kept = live.state.params, live.state.opt_state
         # The old snapshot and moments go before the new ones come: there may be no room for both.
         live.snapshot = params
@@ -234,6 +255,36 @@ class Trainer:
         else:
             live.state = with_state(params, kept)
         live.snapshot = self._to_snapshot(params)
+
+    def _take_best(self, phase: int | None, optimizer: bool) -> Score | None:
+        """Make the best weights of a phase (None: of the run) that can be had the live ones; None
+        leaves those that are, as no evaluation tells. optimizer: its state comes along."""
+        live, now = self.live, self.live.progress.step
+        candidates = self.best.ranked(phase)
+        if not candidates or candidates[0].step == now:
+            return candidates[0] if candidates else None
+        self.checkpoints.wait()
+        # The live ones go first: there may be no room for both.
+        live.state = live.snapshot = None  # type: ignore[assignment]
+        there, found = self.checkpoints.steps(), None
+        for score in candidates:
+            if score.step == 0:
+                params, first = self.load(), self.updates.optimizer(self.phases[0])
+                found = new_state(params, first) if optimizer else with_state(params, ())
+            elif score.step in there:
+                found = self.checkpoints.weights(score.step, self._like, optimizer)
+            if found is not None:
+                live.state = found
+                return score
+            self._say(f"the weights of step {score.step}, {self.best.metric} {score}, are gone")
+            self.best.drop(score.step)
+        if (found := self.checkpoints.weights(now, self._like, optimizer)) is None:
+            raise RunStopped(f"no checkpoint in {self.checkpoints.folder} can be read any more")
+        live.state = found
+        return None
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _step(
         self, phase: Phase, batches: Iterator[list[LoadedRow]], log: RunLog
@@ -353,6 +404,7 @@ class Trainer:
             begin = time.perf_counter()
             policy = self._to_rollout(self.live.state.params)
             metrics |= self.evaluations.short(policy, self._partner())
+            self._judged(progress.step)
             metrics["time/evaluation"] = time.perf_counter() - begin
         where = {"phase": phase.role, "round": phase.round + 1, "phase_number": phase.number + 1}
         where["phase_step"] = progress.phase_step
@@ -361,7 +413,8 @@ class Trainer:
         self._between, self.live.pending = {}, None
         if acts and self.config.health.action == "stop_phase":
             self.live.progress = progress = progress.end_phase()
-        if progress.is_over(phase) or self.checkpoints.due(progress.step):
+        due = self.checkpoints.due(progress.step) or self.best.wants(progress.step)
+        if progress.is_over(phase) or due:
             begin = time.perf_counter()
             self._save()
             # The row of this step must be there before its checkpoint is: it goes into the next.
@@ -389,6 +442,14 @@ class Trainer:
         if name not in self.evaluations.summaries:
             policy = self._to_rollout(self.live.state.params)
             self.evaluations.full(name, policy, self._partner(), log, self.live.progress.step)
+        else:
+            self.evaluations.read_shared(name)
+        self._judged(0 if name == "before" else self.live.progress.step)
+
+    def _judged(self, step: int) -> None:
+        """The last evaluation was of the weights of this step."""
+        self.best.add(step, self.evaluations.shared)
+        self.best.write(self.run_folder)
 
     def _log_samples(
         self, phase: Phase, collected: list[Collected], number: int, log: RunLog
@@ -408,6 +469,10 @@ class Trainer:
 
     def _export(self, log: RunLog) -> None:
         begin = time.perf_counter()
+        best = self._take_best(None, False) if self.config.export == "best" else None
+        settings, last = dataclasses.asdict(self.config), self.live.progress.step
+        self._exported = Exported.of(settings, self.best, last, best)
+        self._say(str(self._exported))
         model = nnx.merge(self.pipeline.graph, self.live.state.params)
         save_pretrained(
             model,
@@ -416,6 +481,7 @@ class Trainer:
             dtype=self.dtype,
             overwrite=True,
             progress=is_main(),
+            readme=self._exported.card(self.run_folder / "export" / "README.md"),
         )
         self._between["time/export"] = time.perf_counter() - begin
 
@@ -431,6 +497,8 @@ class Trainer:
         roles = [phase.role for phase in self.config.phases]
         summary["phases"] = phase_verdicts(self.run_folder, spans_of(roles, self.config.rounds))
         summary["warnings"] = self.watch.monitor.count
+        if self._exported is not None:
+            summary["export"] = self._exported.summary()
         seconds = collections.defaultdict(float, log.seconds())
         for name, value in self._between.items():
             seconds[name.removeprefix("time/")] += value

@@ -63,7 +63,7 @@ def test_what_is_still_to_come_is_named(tmp_path):
     pending = progress_of(run, taken(run, [5, 5]), []).pending
     assert pending[1:4] == ["evaluation after_phase3_perceiver", "14 more", "evaluation after"]
     assert "export" not in pending[-1]
-    make(tmp_path, [5], export=False, eval={"final_questions": 0})
+    make(tmp_path, [5], export="none", eval={"final_questions": 0})
     assert progress_of(run, [], []).pending == ["summary.json (written when a run ends)"]
 
 

@@ -4,9 +4,11 @@
 
 A run of eight steps (two rounds of two perceiver and two reasoner steps; role anchor, dynamic
 sampling, two updates a step; a checkpoint every second step) goes through once. Then the same run
-is started over and over and gets SIGKILL in a rollout, in an update or while it saves, at a random
-step and after a random delay, until so many kills are done; then it may finish. Its metrics, its
-evaluations, its exported weights and every array of its last checkpoint must be bit-identical.
+is started over and over and gets SIGKILL in a rollout, in an update, while it saves or between an
+evaluation that is the best so far and its checkpoint, at a random step and after a random delay,
+until so many kills are done; then it may finish. The reasoner starts with the perceiver's best
+weights. Its metrics, its evaluations, which step is best, its exported weights and every array of
+its last checkpoint must be bit-identical.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("decode", "update", "save")
+STAGES = ("decode", "update", "save", "improve")
 VARIES = ("time/", "compile/")
 """Metrics that no two runs share."""
-LONGEST_DELAY = {"decode": 0.1, "update": 0.6, "save": 0.3}
+LONGEST_DELAY = {"decode": 0.1, "update": 0.6, "save": 0.3, "improve": 0.1}
 """Seconds after the beginning of a stage; about what it takes."""
 
 
@@ -41,6 +43,7 @@ def run_here(run: str, model: str, stages: str) -> None:
     import jax
 
     from p2r_jax.rl import experience, launch, trainer
+    from p2r_jax.rl.best import Best
     from p2r_jax.rl.checkpointing import Checkpoints
     from tests.rl.tiny_run import make_config, patches
 
@@ -61,6 +64,15 @@ def run_here(run: str, model: str, stages: str) -> None:
         file.write(f"{progress.step} save\n")
         save(self, progress, *rest)
 
+    add = Best.add
+
+    def telling_add(self: Best, step: int, found: Any) -> None:
+        add(self, step, found)
+        if step and self.wants(step):
+            file.write(f"{step} improve\n")
+            time.sleep(1.5 * LONGEST_DELAY["improve"])  # Or the kill might come after the save.
+
+    Best.add = telling_add
     original = trainer.Trainer._step
 
     def counting(self: trainer.Trainer, *args: Any) -> Any:
@@ -77,9 +89,10 @@ def run_here(run: str, model: str, stages: str) -> None:
         )
         for phase in config.phases
     ]  # fmt: skip
+    phases[1].start = "best"
     config = dataclasses.replace(config, phases=phases, rounds=2)
-    config.checkpoint.every = 2
-    config.eval.every = 0
+    config.checkpoint.every, config.checkpoint.keep_best = 2, "p2r"
+    config.eval = dataclasses.replace(config.eval, modes=["p2r"], final_modes=["p2r"])
     launch.train(config)
 
 
@@ -148,6 +161,9 @@ def outcome(run: Path) -> dict[str, Any]:
     for file in sorted((run / "samples").glob("*.jsonl")):
         found[f"samples/{file.name}"] = file.read_text()
     found["export"] = (run / "export" / "model.safetensors").read_bytes()
+    for name in ("best.json", "export/README.md"):
+        found[name] = (run / name).read_text()
+    found["summary"] = json.loads((run / "summary.json").read_text())["export"]
     step = max(int(path.name) for path in (run / "checkpoints").iterdir())
     state = ocp.StandardCheckpointer().restore(run / "checkpoints" / str(step) / "state")
     for path, leaf in _leaves(state):

@@ -15,11 +15,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from p2r_jax.config import CheckpointConfig, OptimizerConfig
+from p2r_jax.config import CheckpointConfig, OptimizerConfig, PhaseConfig, TrainConfig
 from p2r_jax.rl import checkpointing
+from p2r_jax.rl.best import Best
 from p2r_jax.rl.checkpointing import Checkpoints, abstract, environment
 from p2r_jax.rl.optimizer import make_optimizer
-from p2r_jax.rl.schedule import Progress
+from p2r_jax.rl.schedule import Progress, plan_phases
 from p2r_jax.rl.step import TrainState, new_state
 from p2r_jax.rl.stop import RunStopped
 
@@ -104,6 +105,18 @@ class TestWhatTheyHold:
         checkpoints = open_checkpoints(tmp_path)
         assert_is(checkpoints.restore(*LIKE), 3)
         assert checkpoints.saved == 3
+
+    def test_one_of_a_version_that_knew_of_no_best_is_read(self, tmp_path):
+        folder = save(tmp_path, 2)
+        (file,) = [f for f in (folder / "2" / "meta").rglob("*") if f.is_file() and _is_ours(f)]
+        meta = json.loads(file.read_text())
+        del meta["best"]
+        file.write_text(json.dumps(meta))
+        config = TrainConfig(phases=[PhaseConfig(steps=1), PhaseConfig(steps=5)])
+        best = Best(config, plan_phases(config, 64))
+        checkpoints = Checkpoints(tmp_path, CheckpointConfig(), SETTINGS, print, None, best)
+        assert_is(checkpoints.restore(*LIKE), 2)
+        assert (best.scores, best.ends, best.starts) == ({}, {1}, {0: 0, 1: 1})
 
     def test_settings_and_environment_are_written_beside_the_arrays(self, tmp_path):
         save(tmp_path, 2)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_killed_in_a_rollout_an_update_and_a_save_nothing_is_different(tmp_path, tiny_checkpoint):
+    """Nor between an evaluation that is the best so far and the checkpoint of its weights."""
     done = killed_run_equals_whole_run(tmp_path, tiny_checkpoint, kills=len(STAGES), seed=1)
     assert {stage for stage, _, _ in done} == set(STAGES)
 
