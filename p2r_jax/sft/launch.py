@@ -18,6 +18,7 @@ from rich.progress import Progress
 from p2r_jax.data.visual_search import VisualSearch
 from p2r_jax.parallel.mesh import make_mesh
 from p2r_jax.qwen3_vl.hf import load_pretrained, save_pretrained
+from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.roles.prompts import load_prompt_set
 from p2r_jax.roles.requests import RequestBuilder
@@ -41,9 +42,10 @@ def make_warm_start(
 ) -> None:
     """Train the tiny model from nothing and write it to `out` in Hugging Face layout.
 
-    tower: folder of an earlier result whose vision tower is taken instead of the dense stage; the
-    tower of this run goes to `out`.tower as soon as it is trained. Raises FileExistsError if `out`
-    exists, ValueError if the devices cannot share a batch.
+    tower: folder of an earlier result, or `tiny` for the one inside this package, whose vision
+    tower is taken instead of the dense stage. Else the tower of this run goes to `out`.tower as
+    soon as it is trained. Raises FileExistsError if `out` exists, ValueError if the devices cannot
+    share a batch.
     """
     kept = out.with_name(f"{out.name}.tower")
     for folder in (out, kept) if tower is None else (out,):
@@ -77,8 +79,9 @@ def make_warm_start(
             save_pretrained(model, kept, files_from=files, dtype="float32")
             (kept / "made_by.json").write_text(json.dumps(made, indent=2) + "\n")
         else:
-            nnx.update(model.visual, nnx.state(load_pretrained(tower, dtype="float32").visual))
-            earlier = Path(tower) / "made_by.json"
+            taken = locate_checkpoint(tower)
+            nnx.update(model.visual, nnx.state(load_pretrained(taken, dtype="float32").visual))
+            earlier = taken / "made_by.json"
             if earlier.is_file():
                 made["dense"] = json.loads(earlier.read_text()).get("dense")
         builder = RequestBuilder(processor, load_prompt_set("tiny"), BUCKETS)
