@@ -21,6 +21,7 @@ from p2r_jax.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from p2r_jax.qwen3_vl.inputs import Patches, Prompts, patch_layout, token_layout
 from p2r_jax.qwen3_vl.model import Qwen3VL
 from p2r_jax.rollout.sampling import Vocabulary
+from tests.rounding import allowance
 
 VOCABULARY, PAD, IMAGE, VIDEO, START, END = 96, 0, 1, 2, 3, 4
 STOP = (5, 6, 7, 8, 9, 10, 11, 12)
@@ -65,6 +66,15 @@ ROWS: dict[str, Sequence[Any]] = {
 }
 """A prompt: an int is that many text tokens, a pair is an image of that many patches."""
 PROMPT_TOKENS, NUM_PATCHES = 24, 40
+
+CONDITION = 30
+"""Nats by which a log-prob moves, at most, for a relative change of all weights by one. The tests
+of the update measure it."""
+
+
+def nats(temperature: float = 1.0) -> float:
+    """What rounding may change in a log-prob, whose longest sum is over the pixels of a patch."""
+    return allowance(CONFIG.vision.patch_dim, CONDITION / temperature)
 
 
 def make_model(seed: int = 0, kernels: Kernels | None = None) -> tuple[nnx.GraphDef, nnx.State]:

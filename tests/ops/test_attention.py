@@ -20,6 +20,7 @@ from p2r_jax.ops.attention import (
     segment_mask,
     shared_prefix_attention,
 )
+from tests.rounding import allowance, assert_close, judged
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -29,6 +30,10 @@ PROMPT_VALID = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1,
 """Left-padded, right-padded and full."""
 LENGTHS = np.array([[5, 3, 1, 0], [2, 5, 5, 4], [5, 5, 5, 5]])
 COMPLETION_VALID = (np.arange(R) < LENGTHS[..., None]).astype(int)
+
+
+TERMS = WIDTH + (P + G * R) * HEADS // KV_HEADS
+"""Of the longest sums: a score, and the gradient of a key that all queries read."""
 
 
 def plain(q, k, v, mask):
@@ -74,7 +79,7 @@ class TestPlainAttention:
         q, k, v = qkv(B, P)
         mask = np.asarray(causal_mask(jnp.asarray(PROMPT_VALID)))
         out = np.asarray(attention(q, k, v, mask))
-        np.testing.assert_allclose(out, plain(q, k, v, mask), atol=1e-6)
+        assert_close(out, *judged(lambda *x: plain(*x, mask), q, k, v, terms=TERMS))
 
     @pytest.mark.parametrize("chunk", [2, 4, 6])
     def test_many_queries_in_chunks_equal_all_at_once(self, monkeypatch, chunk):
@@ -85,18 +90,21 @@ class TestPlainAttention:
         def loss(q, k, v):
             return (attention(q, k, v, mask) * weights).sum()
 
-        expected = attention(*inputs, mask), jax.grad(loss, (0, 1, 2))(*inputs)
+        def run(*inputs):
+            return attention(*inputs, mask), jax.grad(loss, (0, 1, 2))(*inputs)
+
+        expected, gates = judged(jax.jit(run), *inputs, terms=TERMS)
         monkeypatch.setattr(attention_module, "QUERY_CHUNK", chunk)
         assert ("scan" in str(jax.make_jaxpr(loss)(*inputs))) == (chunk < P)
-        out = attention(*inputs, mask), jax.grad(loss, (0, 1, 2))(*inputs)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), out, expected)
+        assert_close(jax.jit(lambda *x: run(*x))(*inputs), expected, gates)
 
     def test_key_value_heads_are_repeated_not_tiled(self):
         """Heads 0, 1, 2 read key-value head 0; tiling would send head 1 to key-value head 1."""
         q, k, v = qkv(1, P)
         v[:, :, 0], v[:, :, 1] = 0, 1
         out = np.asarray(attention(q, k, v, np.ones((1, P, P), bool)))
-        np.testing.assert_allclose(out[0, 0, :, 0], [0, 0, 0, 1, 1, 1], atol=1e-6)
+        # Weights that add up to 1.
+        np.testing.assert_allclose(out[0, 0, :, 0], [0, 0, 0, 1, 1, 1], atol=allowance(P))
 
     def test_a_query_without_any_key_is_finite(self):
         q, k, v = qkv(1, P)
@@ -142,14 +150,16 @@ class TestSharedPrefix:
 
     def test_completions_equal_repeated_prompts(self, inputs):
         out = np.asarray(shared(*inputs))[:, P:].reshape(B, G, R, HEADS, WIDTH)
-        expected = np.asarray(repeated_attention(*inputs))[:, :, P:]
-        np.testing.assert_allclose(out[REAL_COMPLETION], expected[REAL_COMPLETION], atol=1e-6)
+        expected, gate = judged(jax.jit(repeated_attention), *inputs, terms=TERMS)
+        expected = expected[:, :, P:]
+        assert_close(out[REAL_COMPLETION], expected[REAL_COMPLETION], gate)
 
     def test_the_prompt_equals_attention_without_completions(self, inputs):
         out = np.asarray(shared(*inputs))[:, :P]
         mask = np.asarray(causal_mask(jnp.asarray(PROMPT_VALID)))
-        expected = plain(*(np.asarray(x)[:, :P] for x in inputs), mask)
-        np.testing.assert_allclose(out[REAL_PROMPT], expected[REAL_PROMPT], atol=1e-6)
+        prompts = [np.asarray(x)[:, :P] for x in inputs]
+        expected, gate = judged(lambda *x: plain(*x, mask), *prompts, terms=TERMS)
+        assert_close(out[REAL_PROMPT], expected[REAL_PROMPT], gate)
 
     def test_gradients_equal_repeated_prompts(self, inputs):
         """The prompt's share is the sum over its copies; padding receives none."""
@@ -161,10 +171,11 @@ class TestSharedPrefix:
         def of_repeated(q, k, v):
             return (repeated_attention(q, k, v)[:, :, P:] * weights).sum()
 
-        actual = jax.grad(of_shared, argnums=(0, 1, 2))(*inputs)
-        expected = jax.grad(of_repeated, argnums=(0, 1, 2))(*inputs)
-        for ours, reference in zip(actual, expected, strict=True):
-            np.testing.assert_allclose(ours, reference, atol=2e-6)
+        actual, expected = (
+            jax.jit(jax.grad(total, argnums=(0, 1, 2))) for total in (of_shared, of_repeated)
+        )
+        actual = actual(*inputs)
+        assert_close(actual, *judged(expected, *inputs, terms=TERMS))
         for ours in actual[1:]:
             assert not np.asarray(ours)[:, :P][~REAL_PROMPT].any()
 
@@ -184,11 +195,13 @@ class TestSharedPrefix:
         def loss(q, k, v):
             return (shared(q, k, v) * weights).sum()
 
-        expected = shared(*inputs), jax.grad(loss, (0, 1, 2))(*inputs)
+        def run(*inputs):
+            return shared(*inputs), jax.grad(loss, (0, 1, 2))(*inputs)
+
+        expected, gates = judged(jax.jit(run), *inputs, terms=TERMS)
         monkeypatch.setattr(attention_module, "QUERY_CHUNK", queries)
         assert f"length={chunks}" in str(jax.make_jaxpr(shared)(*inputs))
-        out = shared(*inputs), jax.grad(loss, (0, 1, 2))(*inputs)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), out, expected)
+        assert_close(jax.jit(lambda *x: run(*x))(*inputs), expected, gates)
 
     def test_padding_is_finite(self, inputs):
         assert np.isfinite(shared(*inputs)).all()
@@ -199,7 +212,8 @@ class TestDecode:
     def test_each_step_equals_the_whole_sequence(self, step):
         """What lies in the suffix cache at and after `step` is not valid, hence garbage."""
         q, k, v = map(jnp.asarray, qkv(B, P + G * R))
-        expected = np.asarray(shared(q, k, v))[:, P:].reshape(B, G, R, HEADS, WIDTH)[:, :, step]
+        expected, gate = judged(jax.jit(shared), q, k, v, terms=TERMS)
+        expected = expected[:, P:].reshape(B, G, R, HEADS, WIDTH)[:, :, step]
         q_own, k_own, v_own = (x[:, P:].reshape(B, G, R, *x.shape[2:]) for x in (q, k, v))
         cached = k_own.at[:, :, step:].set(50.0), v_own.at[:, :, step:].set(1e3)
         out = decode_attention(
@@ -212,4 +226,4 @@ class TestDecode:
             jnp.broadcast_to(jnp.arange(R) < step, (B, G, R)),
         )
         real = REAL_COMPLETION[:, :, step]
-        np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=1e-6)
+        assert_close(np.asarray(out)[real], expected[real], gate)

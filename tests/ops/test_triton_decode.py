@@ -5,6 +5,7 @@ Kernels run in interpret mode, on the arrays of the TPU kernel's tests.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -22,11 +23,15 @@ from tests.ops.test_decode_kernel import (
     MASKS,
     PREFIX_VALID,
     SUFFIX_VALID,
+    C,
     L,
+    P,
     expected,
+    expected_and_gate,
     full_size,
     inputs,
 )
+from tests.rounding import assert_close, judged
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -48,9 +53,7 @@ def chunks(request, monkeypatch):
 class TestParity:
     @pytest.mark.parametrize("layer", range(L))
     def test_with_the_reference(self, layer):
-        np.testing.assert_allclose(
-            kernel(*inputs(), layer=layer), expected(*inputs(), layer=layer), atol=1e-6
-        )
+        assert_close(kernel(*inputs(), layer=layer), *expected_and_gate(layer))
 
     def test_bfloat16_costs_only_rounding(self):
         rounded = inputs(jnp.bfloat16)
@@ -86,15 +89,16 @@ def test_a_ring_is_valid_wherever_its_tokens_lie():
     size = suffix[0].shape[4]
     valid = (np.arange(size) < 7) | (np.arange(size) >= size - 9)
     valid = jnp.broadcast_to(jnp.asarray(valid), MASKS[1].shape)
-    out = decode_attention(
-        q, k_new, v_new, prefix, suffix, jnp.int32(1), MASKS[0], valid, interpret=True
-    )
+
+    def run(valid, *arrays):
+        return decode_attention(*arrays, jnp.int32(1), MASKS[0], valid, interpret=True)
+
+    out = run(valid, q, k_new, v_new, prefix, suffix)
     order = np.roll(np.arange(size), 9)  # The same keys, one run of them.
     rolled = tuple(x[:, :, :, :, order] for x in suffix)
-    same = decode_attention(
-        q, k_new, v_new, prefix, rolled, jnp.int32(1), MASKS[0], valid[..., order], interpret=True
-    )
-    np.testing.assert_allclose(out, same, atol=1e-6)
+    again = functools.partial(run, valid[..., order])
+    same, gate = judged(again, q, k_new, v_new, prefix, rolled, terms=P + C + 1)
+    assert_close(out, same, gate)
 
 
 @pytest.mark.usefixtures("whole_compilation")

@@ -22,6 +22,7 @@ from p2r_jax.qwen3_vl.published import published
 from p2r_jax.rl.memory import opt_state_bytes
 from p2r_jax.rl.optimizer import learning_rate, make_optimizer, make_schedule
 from p2r_jax.rl.step import new_state
+from tests.rounding import UNIT, allowance
 from tests.small_model import make_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -70,6 +71,14 @@ def distance(a, b) -> float:
             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         )
     )
+
+
+def gate(after, before, updates: int) -> float:
+    """The distance that rounding makes: of the weights after each update, and of the updates, whose
+    longest sums that matter are Adafactor's means. (A norm of other length changes no update.)"""
+    size = distance(before, jax.tree.map(np.zeros_like, before))
+    longest = max(max(shape) for shape in SHAPES.values())
+    return updates * UNIT * size + allowance(longest) * distance(after, before)
 
 
 def leaf_sharding(x: jax.Array) -> NamedSharding:
@@ -163,7 +172,7 @@ class TestAdafactor:
         for gradient in gradients:
             change, state = optimizer.update(gradient, state, theirs)
             theirs = optax.apply_updates(theirs, change)
-        assert distance(ours, theirs) < 1e-5 * distance(theirs, start)
+        assert distance(ours, theirs) < gate(theirs, start, len(gradients))
 
     def test_no_step_is_larger_than_the_learning_rate(self):
         """So the rate means what it does for AdamW; weights of another size change nothing."""
@@ -336,7 +345,7 @@ class TestMesh:
         expected, _ = run(config, params, gradients)
         moved = [jax.device_put(g, split) for g in gradients]
         actual, _ = run(config, jax.device_put(params, split), moved)
-        assert distance(actual, expected) < 1e-6 * distance(expected, params)
+        assert distance(actual, expected) < gate(expected, params, len(gradients))
 
 
 class TestSchedule:

@@ -10,13 +10,17 @@ import pytest
 from flax import nnx
 
 from p2r_jax.rl.step import AnchorBatch, completion_log_probs
+from tests import small_model
 from tests.rl.updates import (
     ADVANTAGES,
-    GATE,
+    CONDITION,
+    KL_NOISE,
     LOSS,
     MASK,
     NAMES,
     TOKENS,
+    WHOLE_CONDITION,
+    WHOLE_GATE,
     B,
     G,
     R,
@@ -27,11 +31,24 @@ from tests.rl.updates import (
     scores,
     slow_gradient,
     step,
+    unequal_metrics,
     within,
 )
-from tests.small_model import ROWS, make_prompts, plain_scores, repeated_prompts
+from tests.rounding import STEP, moved, worst
+from tests.small_model import (
+    ROWS,
+    make_prompts,
+    nats,
+    plain_scores,
+    relative_errors,
+    repeated_prompts,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+SUM = worst(int(MASK.sum()), float(np.abs(ADVANTAGES).max()))
+"""What the order may change in a mean of advantages over the tokens that count."""
 
 
 class TestSharedPrefix:
@@ -57,7 +74,7 @@ class TestSharedPrefix:
         expected = plain_scores(*model, rows, starts, targets, allowed, temperature)
         for ours, reference in zip(actual, expected[:2], strict=True):
             ours, reference = np.asarray(ours), np.asarray(reference).reshape(B, G, R)
-            np.testing.assert_allclose(ours[MASK], reference[MASK], atol=1e-5)
+            np.testing.assert_allclose(ours[MASK], reference[MASK], rtol=0, atol=nats(temperature))
 
     def test_what_is_masked_changes_nothing(self, allowed, score):
         prompts = make_prompts(NAMES)
@@ -73,7 +90,7 @@ class TestSharedPrefix:
         )
         rows, starts = repeated_prompts(NAMES, tokens, mask)
         expected, _, _ = plain_scores(*model, rows, starts, tokens.reshape(-1, 1), allowed)
-        np.testing.assert_allclose(log_probs.reshape(-1, 1), expected, atol=1e-5)
+        np.testing.assert_allclose(log_probs.reshape(-1, 1), expected, rtol=0, atol=nats())
 
     def test_gradients_equal_repeated_prompts(self, model, allowed):
         """Every parameter, vision tower included; activations recomputed, as in training."""
@@ -89,8 +106,25 @@ class TestSharedPrefix:
             return (jnp.where(MASK, log_probs, 0) * coefficients).sum()
 
         expected = slow_gradient(model, allowed, coefficients)
-        assert within(gradient(params), expected, GATE) == {}
+        assert within(gradient(params), expected) == {}
         assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected))
+
+
+class TestRounding:
+    """The gates of these modules hold for a model that is no more sensitive than they say."""
+
+    def test_conditions(self, model, allowed, snapshot_log_probs, first):
+        graph, params = model
+        other = graph, moved(params)
+        state, _ = step(other, make_batch(reference_log_probs=snapshot_log_probs), allowed)
+        each = relative_errors(state.opt_state, first[0].opt_state)
+        assert 0.5 * CONDITION < max(each.values()) / STEP < CONDITION
+        before, after = flat(first[0].opt_state), flat(state.opt_state)
+        whole = np.linalg.norm(after - before) / np.linalg.norm(before)
+        assert 0.5 * WHOLE_CONDITION < whole / STEP < WHOLE_CONDITION
+        change = np.abs(np.asarray(scores(other, make_batch(), allowed)) - snapshot_log_probs)
+        condition = change[MASK].max() / STEP
+        assert 0.3 * small_model.CONDITION < condition < small_model.CONDITION
 
 
 class TestGradient:
@@ -98,9 +132,9 @@ class TestGradient:
         """Nothing is clipped at ratio 1, and the KL term is at its minimum at the snapshot."""
         state, metrics = first
         expected = slow_gradient(model, allowed, policy_coefficients())
-        assert within(state.opt_state, expected, GATE) == {}
+        assert within(state.opt_state, expected) == {}
         assert float(metrics["grad_norm"]) == pytest.approx(
-            float(optax.global_norm(expected)), rel=1e-5
+            float(optax.global_norm(expected)), rel=WHOLE_GATE
         )
 
     def test_metrics_on_policy(self, first):
@@ -109,9 +143,10 @@ class TestGradient:
         mean_advantage = (ADVANTAGES[..., None] * MASK).sum() / MASK.sum()
         assert metrics["ratio"] == 1
         assert metrics["clip_low_fraction"] == metrics["clip_high_fraction"] == 0
-        assert metrics["kl/mean"] == pytest.approx(0, abs=1e-9)
-        assert metrics["loss/policy"] == pytest.approx(-mean_advantage, rel=1e-5)
-        assert metrics["loss/total"] == pytest.approx(-mean_advantage, rel=1e-5)
+        assert metrics["kl/mean"] == pytest.approx(0, abs=KL_NOISE)
+        assert metrics["loss/policy"] == pytest.approx(-mean_advantage, abs=SUM)
+        total = SUM + LOSS.kl_weight * KL_NOISE
+        assert metrics["loss/total"] == pytest.approx(-mean_advantage, abs=total)
 
     def test_the_kl_term_pulls_towards_the_reference(self, model, allowed, snapshot_log_probs):
         reference = np.asarray(snapshot_log_probs) + np.where(
@@ -121,14 +156,15 @@ class TestGradient:
         d = np.where(MASK, reference - np.asarray(snapshot_log_probs), 0)
         pull = LOSS.kl_weight * (1 - np.exp(d)) / MASK.sum()
         expected = slow_gradient(model, allowed, policy_coefficients() + pull)
-        assert within(state.opt_state, expected, GATE) == {}
+        assert within(state.opt_state, expected) == {}
+        slope = float(np.abs(np.exp(d) - 1)[MASK].mean())
         assert float(metrics["kl/mean"]) == pytest.approx(
-            (np.exp(d) - d - 1).sum() / MASK.sum(), rel=1e-4
+            (np.exp(d) - d - 1).sum() / MASK.sum(), abs=nats() * slope
         )
 
     def test_without_a_reference_there_is_no_kl_term(self, model, allowed, first):
         state, metrics = step(model, make_batch(), allowed)
-        assert within(state.opt_state, first[0].opt_state, 1e-5) == {}
+        assert within(state.opt_state, first[0].opt_state) == {}
         assert "kl/mean" not in metrics
 
     def test_what_is_masked_contributes_nothing(self, model, allowed, snapshot_log_probs):
@@ -144,7 +180,7 @@ class TestGradient:
         changes["reference_log_probs"] = np.where(mask, snapshot_log_probs, np.nan)
         state, metrics = step(model, make_batch(**changes), allowed)
         expected = slow_gradient(model, allowed, policy_coefficients(mask=mask), mask=mask)
-        assert within(state.opt_state, expected, GATE) == {}
+        assert within(state.opt_state, expected) == {}
         assert all(np.isfinite(float(v)) for v in metrics.values())
 
     def test_sampler_gap(self, model, allowed, snapshot_log_probs, first):
@@ -152,17 +188,17 @@ class TestGradient:
         gap = np.where(MASK, np.random.default_rng(5).uniform(0, 1, MASK.shape), 100)
         sampled = (np.asarray(snapshot_log_probs) + gap).astype(np.float32)
         state, metrics = step(model, make_batch(sampler_log_probs=sampled), allowed)
-        assert float(metrics["sampler_gap/mean"]) == pytest.approx(gap[MASK].mean(), rel=1e-4)
-        assert float(metrics["sampler_gap/max"]) == pytest.approx(gap[MASK].max(), rel=1e-4)
+        assert float(metrics["sampler_gap/mean"]) == pytest.approx(gap[MASK].mean(), abs=nats())
+        assert float(metrics["sampler_gap/max"]) == pytest.approx(gap[MASK].max(), abs=nats())
         # It is told, not corrected, unless `loss.sampler_correction` says so.
-        assert within(state.opt_state, first[0].opt_state, GATE) == {}
+        assert within(state.opt_state, first[0].opt_state) == {}
 
     @pytest.mark.parametrize("microbatches", [2, 4])
     def test_the_reference_does_not_depend_on_microbatches(
         self, model, allowed, snapshot_log_probs, microbatches
     ):
         parts = scores(model, make_batch(), allowed, microbatches=microbatches)
-        np.testing.assert_allclose(parts[MASK], snapshot_log_probs[MASK], atol=1e-5)
+        np.testing.assert_allclose(parts[MASK], snapshot_log_probs[MASK], rtol=0, atol=nats())
 
     @pytest.mark.parametrize("microbatches", [2, 4])
     def test_microbatches_give_the_gradient_and_the_metrics_of_the_whole_batch(
@@ -171,14 +207,11 @@ class TestGradient:
         """Parts have different numbers of tokens (the last one none): sums are divided once."""
         batch = make_batch(reference_log_probs=snapshot_log_probs)
         state, metrics = step(model, batch, allowed, objective_of(microbatches=microbatches))
-        # Rounding: a product of other shape adds up in another order, in log-probs 2e-6 apart.
+        # Rounding: a product of other shape adds up in another order.
         whole, parts = flat(first[0].opt_state), flat(state.opt_state)
-        assert np.linalg.norm(parts - whole) <= 2e-6 * np.linalg.norm(whole)
-        # Of each parameter alone: the small ones are sums in which much cancels.
-        assert within(state.opt_state, first[0].opt_state, 5e-6) == {}
-        assert metrics.keys() == first[1].keys()
-        for name, value in first[1].items():
-            assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-8), name
+        assert np.linalg.norm(parts - whole) <= WHOLE_GATE * np.linalg.norm(whole)
+        assert within(state.opt_state, first[0].opt_state) == {}
+        assert unequal_metrics(metrics, first[1]) == {}
 
     @pytest.mark.parametrize("weight", [0.5, 0.0])
     def test_the_anchor_adds_the_idle_roles_cross_entropy(
@@ -193,9 +226,12 @@ class TestGradient:
         state, metrics = step(model, batch, allowed, anchor=anchor, role_anchor=weight)
         own = slow_gradient(model, allowed, -(mask / mask.sum()), tokens, mask, names)
         expected = jax.tree.map(lambda g, a: g + weight * a, first[0].opt_state, own)
-        assert within(state.opt_state, expected, GATE) == {}
+        assert within(state.opt_state, expected) == {}
         rows, starts = repeated_prompts(names, tokens, mask)
         log_probs, _, _ = plain_scores(*model, rows, starts, tokens.reshape(-1, R), allowed)
         cross_entropy = -np.asarray(log_probs)[mask.reshape(-1, R)].mean()
-        assert float(metrics["loss/anchor"]) == pytest.approx(cross_entropy, rel=1e-5)
-        assert float(metrics["loss/total"]) == pytest.approx(float(first[1]["loss/total"]))
+        assert float(metrics["loss/anchor"]) == pytest.approx(cross_entropy, abs=nats())
+        total, kl = SUM, LOSS.kl_weight * KL_NOISE
+        assert float(metrics["loss/total"]) == pytest.approx(
+            float(first[1]["loss/total"]), abs=total + kl
+        )

@@ -22,6 +22,7 @@ from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.rollout.sampling import Sampling
 from tests.rl.runs import Run
 from tests.rl.tiny_run import GROUP, PROMPTS, TOKENS, make_config
+from tests.rl.updates import KL_NOISE
 
 LIVE = ["p2r", "live_perceiver", "live_reasoner", "default"]
 MODES = {
@@ -48,9 +49,9 @@ class TestOneRoleLearnsAtATime:
     def test_so_does_the_kl_reference(self, whole):
         """At a phase's first step the policy is the reference; at the second it has moved."""
         kl = [row["kl/mean"] for row in whole.steps]
-        assert kl[0] == pytest.approx(0, abs=1e-9)
-        assert kl[2] == pytest.approx(0, abs=1e-9)
-        assert min(kl[1], kl[3]) > 1e-7
+        assert kl[0] == pytest.approx(0, abs=KL_NOISE)
+        assert kl[2] == pytest.approx(0, abs=KL_NOISE)
+        assert min(kl[1], kl[3]) > 10 * KL_NOISE
 
     def test_the_sampler_and_the_trainer_agree(self, whole):
         for row in whole.steps:

@@ -14,6 +14,7 @@ from p2r_jax.rl import updates
 from p2r_jax.rl.updates import Updates
 from tests.rl.runs import Run, assert_same_outcome, straight_and_killed
 from tests.rl.tiny_run import GROUP, PROMPTS, TOKENS, make_config
+from tests.rl.updates import KL_NOISE
 
 PHASE = PhaseConfig(
     steps=2,
@@ -251,8 +252,8 @@ class TestRounds(Same):
     def test_the_reference_is_the_start_of_the_run(self, runs):
         """To the phase's own start the KL would be 0 in each of these steps."""
         kl = [row["kl/mean"] for row in runs[0].steps]
-        assert kl[0] == pytest.approx(0, abs=1e-9)
-        assert min(kl[1:]) > 1e-7
+        assert kl[0] == pytest.approx(0, abs=KL_NOISE)
+        assert min(kl[1:]) > 10 * KL_NOISE
 
 
 class TestOneOptimizer:

@@ -34,6 +34,7 @@ from tests.small_model import (
     content,
     make_model,
     make_prompts,
+    nats,
     plain_scores,
     repeated_prompts,
     vocabulary,
@@ -45,8 +46,8 @@ NAMES = tuple(ROWS)
 SEEDS = {name: 100 + i for i, name in enumerate(NAMES)}
 B, G, R = 4, 5, 8
 SAMPLING = Sampling(max_new_tokens=R, group=G, temperature=0.8)
-GATE = 1e-5
-"""Nats. Cached decoding and teacher forcing add up the same numbers in another order."""
+GATE = nats(SAMPLING.temperature)
+"""Cached decoding and teacher forcing add up the same numbers in another order."""
 
 
 @pytest.fixture(scope="module")
