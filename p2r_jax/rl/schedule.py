@@ -94,16 +94,19 @@ class Progress:
     """The next batch of questions of the phase; ahead of `phase_step` with dynamic sampling."""
     tokens: int = 0
     """Of prompts and completions that have been trained on so far, over all phases."""
+    rows: int = 0
+    """Taken from the training data so far, over all phases."""
 
-    def after_step(self, batches: int = 1, tokens: int = 0) -> Progress:
-        """One step further in the same phase, which took so many batches and trained on so many
-        tokens."""
+    def after_step(self, batches: int = 1, tokens: int = 0, rows: int = 0) -> Progress:
+        """One step further in the same phase, which took so many batches and rows, and trained on
+        so many tokens."""
         return Progress(
             self.phase,
             self.phase_step + 1,
             self.step + 1,
             self.batch + batches,
             self.tokens + tokens,
+            self.rows + rows,
         )
 
     def next_phase(self) -> Progress:
