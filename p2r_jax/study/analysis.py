@@ -93,14 +93,19 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _arm_estimate(seeds: Mapping[int, Result], plan: Study) -> dict[str, Any] | None:
     if not seeds:
         return None
-    return _bounded(_estimate([_graded(result) for result in seeds.values()], plan), 0.0)
+    asked = [set(result.correct) for result in seeds.values()]
+    return _bounded(_estimate([_graded(r) for r in seeds.values()], asked, plan), 0.0)
 
 
-def _estimate(values: Sequence[Mapping[str, float]], plan: Study) -> Estimate:
-    """values: of each seed, by question."""
+def _estimate(
+    values: Sequence[Mapping[str, float]], asked: Sequence[set[str]], plan: Study
+) -> Estimate:
+    """values: of each seed, by question. asked: all questions of each seed, graded or not."""
     # Questions that all seeds share are a benchmark's; those that are named by their seed are not.
-    crossed = len(values) > 1 and all(own.keys() == values[0].keys() for own in values)
+    crossed = len(asked) > 1 and all(own == asked[0] for own in asked)
     order = [sorted(own) for own in values]
+    if crossed:
+        order = [sorted(set.intersection(*map(set, values)))] * len(values)
     arrays = [np.array([own[i] for i in ids]) for own, ids in zip(values, order, strict=True)]
     return estimate(arrays, crossed=crossed, confidence=plan.confidence, draws=plan.draws)
 
@@ -155,7 +160,8 @@ def _difference(
 ) -> Estimate | None:
     """Of the seeds that both arms have; None if there is none."""
     first, second = by_arm[contrast.first], by_arm[contrast.second]
-    values = []
+    values: list[dict[str, float]] = []
+    asked: list[set[str]] = []
     for seed in (s for s in plan.seeds if s in first and s in second):
         a, b = first[seed], second[seed]
         if a.correct.keys() != b.correct.keys():
@@ -167,7 +173,8 @@ def _difference(
         both = graded_a.keys() & graded_b.keys()
         if both:
             values.append({i: float(graded_a[i] - graded_b[i]) for i in both})
-    return _estimate(values, plan) if values else None
+            asked.append(set(a.correct))
+    return _estimate(values, asked, plan) if values else None
 
 
 def _curve(results: Sequence[Result], confidence: float) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ class Arm:
     metric: str = "p2r"
     """Evaluation mode whose accuracy is the outcome."""
     description: str = ""
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def read_study(file: str | Path, more: Sequence[str | Path] = ()) -> Study:
         base = [base] if isinstance(base, str) else base
         if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
             raise ValueError("base must be a config file or a list of them")
-        extra = tuple(str(Path(name).resolve()) for name in more)
+        extra = [os.path.relpath(Path(name).resolve(), path.resolve().parent) for name in more]
         return _study(raw, path, (*base, *extra))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error

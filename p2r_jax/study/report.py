@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -20,7 +19,6 @@ import markupsafe
 from p2r_jax.evals.chart_axes import SMALL, Axes, area, path, ticks
 from p2r_jax.evals.charts import Dot, Drawing, Line
 from p2r_jax.evals.report import duration, number
-from p2r_jax.paths import write_whole
 from p2r_jax.study.table import interval, p_value, percent, points, si
 
 LEFT, RIGHT, WIDTH = 190, 590, 760
@@ -77,14 +75,8 @@ class Curve:
     latest: float
 
 
-def write_page(found: Mapping[str, Any], out: Path) -> Path:
-    """The page of study.json; returns its path."""
-    write_whole(out, render(found).encode("utf-8", errors="replace"))
-    return out
-
-
 def render(found: Mapping[str, Any]) -> str:
-    """The page as a string."""
+    """The page of study.json as a string."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_resource),
         autoescape=True,

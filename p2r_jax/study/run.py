@@ -36,7 +36,6 @@ from rich.table import Table
 
 from p2r_jax.config import TrainConfig
 from p2r_jax.evals.modes import parse_modes
-from p2r_jax.paths import write_whole
 from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.rl.launch import check_phases, check_same_config
 from p2r_jax.rl.schedule import learning_roles, plan_phases
@@ -44,7 +43,7 @@ from p2r_jax.rl.stop import Preempted, StopRequests
 from p2r_jax.study import EXIT_RESTART
 from p2r_jax.study.analysis import analyse
 from p2r_jax.study.config import Arm, Study, read_study, run_config
-from p2r_jax.study.report import write_page
+from p2r_jax.study.report import render
 from p2r_jax.study.results import finished
 from p2r_jax.study.table import markdown
 
@@ -52,6 +51,8 @@ RESTARTS = (EXIT_RESTART, 134)
 """Exit codes of a run that is to be started again; 134: another process of it fell silent."""
 MAX_RESTARTS = 5
 POLL_SECONDS = 0.2
+SETTLE_SECONDS = 20.0
+"""On several hosts the process that writes the summary may be the last to end."""
 
 CACHE = {
     "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
@@ -237,10 +238,11 @@ def write_outputs(
     ]
     runs = {(j.arm.name, j.seed): (j.folder, j.config) for j in jobs if j.state == "finished"}
     found = analyse(plan, runs, missing)
-    write_whole(out / "study.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    _write(out / "study.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
     text = markdown(found)
-    write_whole(out / "study.md", f"# {plan.name}\n\n{text}\n")
-    page = write_page(found, out / "report.html")
+    _write(out / "study.md", f"# {plan.name}\n\n{text}\n")
+    page = out / "report.html"
+    _write(page, render(found))
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
     return found
@@ -350,7 +352,7 @@ def _start(
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         settings = yaml.safe_dump(_plain(job.config), sort_keys=False)
-        write_whole(job.config_file, settings)
+        _write(job.config_file, settings)
         tied = [sys.executable, "-m", "p2r_jax.study.tied", str(os.getpid()), *command]
         with job.log.open("ab") as log:
             return subprocess.Popen(
@@ -375,8 +377,10 @@ def _end(running: Sequence[_Running]) -> None:
 
 
 def _why_failed(job: Job, code: int) -> str | None:
-    if code == 0 and job.state == "finished":
-        return None
+    for _ in range(int(SETTLE_SECONDS / POLL_SECONDS) if code == 0 else 0):
+        if job.state == "finished":
+            return None
+        time.sleep(POLL_SECONDS)
     lines = [line.strip() for line in job.log.read_text(errors="replace").splitlines()]
     last = next((line for line in reversed(lines) if line), "no output")
     said = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -395,6 +399,13 @@ def _steps(folder: Path) -> tuple[int, int | None]:
     except (OSError, ValueError, KeyError):
         pass  # Not written yet, or half a line.
     return done, total
+
+
+def _write(path: Path, text: str) -> None:
+    """A whole file or none, also where several hosts write the same one."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(temporary, path)
 
 
 def _plain(config: TrainConfig) -> Any:

@@ -66,6 +66,7 @@ class TestAStudy:
             return Ended()
 
         monkeypatch.setattr(study_run.subprocess, "Popen", popen)
+        monkeypatch.setattr(study_run, "SETTLE_SECONDS", 0)
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
         with pytest.raises(ValueError, match="no run of the study is finished"):
             run_study(write_study(tmp_path), tmp_path / "out", seeds=[0])
