@@ -119,6 +119,54 @@ def _train(args: Namespace) -> None:
     train(config)
 
 
+# --- study ------------------------------------------------------------------------------------
+
+
+def _study_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("file", type=str, help="YAML: base config, arms, seeds, contrasts")
+    parser.add_argument("--out", type=str, required=True, help="folder of all runs and the table")
+    parser.add_argument("--arms", type=str, default="", help="only these, as a,b; default, all")
+    parser.add_argument("--seeds", type=str, default="", help="only these, as 0,1; default, all")
+    parser.add_argument(
+        "--parallel", type=int, default=1, help="runs at once; 1 where a run needs all devices"
+    )
+    parser.add_argument(
+        "--base", type=str, nargs="+", default=[], help="config files over the study's base"
+    )
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="check all configs, print the plan"
+    )
+    parser.add_argument(
+        "--table-only",
+        "--table_only",
+        action="store_true",
+        help="run nothing: table and page anew, of the runs that are finished",
+    )
+    return parser
+
+
+def _study(args: Namespace) -> None:
+    from p2r_jax.study.run import study
+
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",") if seed]
+    except ValueError:
+        raise ValueError(f"--seeds must be whole numbers, as 0,1; got {args.seeds!r}") from None
+    done = study(
+        args.file,
+        args.out,
+        arms=[name.strip() for name in args.arms.split(",") if name.strip()],
+        seeds=seeds,
+        parallel=args.parallel,
+        dry_run=args.dry_run,
+        table_only=args.table_only,
+        configs=args.base,
+    )
+    if not done:
+        raise SystemExit(2)
+
+
 # --- plan -------------------------------------------------------------------------------------
 
 
@@ -453,6 +501,7 @@ COMMANDS: dict[str, tuple[Any, Any, str]] = {
     "convert": (_convert_parser, _convert, "weights to and from Hugging Face folders"),
     "score": (_score_parser, _score, "score saved answers again, compare runs and modes"),
     "report": (_report_parser, _report, "one HTML page of a run"),
+    "study": (_study_parser, _study, "compare ways of training, over several seeds"),
     "plan": (_plan_parser, _plan, "what a run needs of a TPU slice or GPUs, without having them"),
     "sft": (_sft_parser, _sft, "make the embedded tiny checkpoint"),
     "data": (_data_parser, _data, "prepare datasets and look at them"),

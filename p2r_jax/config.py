@@ -100,6 +100,10 @@ class DataConfig:
     train: str = "visual_search"
     """`visual_search` (the procedural task) or a .jsonl / .parquet file of rows."""
     validation: str = "visual_search"
+    order: Literal["phase", "run"] = "phase"
+    """phase = every phase shuffles the rows anew (the authors). run = one stream of rows over the
+    whole run, of which each phase takes up where the one before stopped: runs of one `seed` then
+    see the same questions in the same order, however they are divided into phases and steps."""
     max_bad_fraction: float = 0.01
     """Rows that cannot be read are listed, counted and skipped up to this fraction; in training the
     next row takes their place."""

@@ -1,6 +1,6 @@
 """The layers of the package: imports point downwards only.
 
-    cli > plan > rl, sft > evals > roles > rollout > data > qwen3_vl > ops > parallel
+    cli > plan, study > rl, sft > evals > roles > rollout > data > qwen3_vl > ops > parallel
 
 `p2r_jax/config.py` and `p2r_jax/paths.py` are leaves: everyone may import them, and they import
 nothing of the project. Torch is for tests and benchmarks, never for the package.
@@ -27,7 +27,7 @@ LAYERS = [
     {"roles"},
     {"evals"},
     {"rl", "sft"},
-    {"plan"},
+    {"plan", "study"},
     {"cli"},
     {"__main__"},
 ]

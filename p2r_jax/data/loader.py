@@ -16,6 +16,7 @@ import functools
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -286,10 +287,13 @@ def training_batches(
     start: int = 0,
     unreadable: Unreadable | None = None,
     share: Share | None = None,
+    first_row: int | None = None,
 ) -> Iterator[list[LoadedRow]]:
     """Endless shuffled batches (a new shuffle each epoch, the last partial batch dropped).
 
-    start: number of the first batch; batch n is the same whatever `start` was. unreadable: keeps
+    start: number of the first batch; batch n is the same whatever `start` was. first_row: instead,
+    batches are cut from one endless stream of shuffled epochs, in which no row is dropped and which
+    does not depend on `batch`, from this row of it on (0 is its first). unreadable: keeps
     count of rows whose image cannot be read; default, none is allowed. share: images that this
     process decodes; default, all. With several processes all must take the same batches.
 
@@ -317,18 +321,18 @@ def training_batches(
             mine.error = mine.error or error
         return _Batch(numbers, rows, reads)
 
-    dataset = (
-        grain.MapDataset.source(range(len(source)))
-        .seed(seed)
-        .shuffle()
-        .batch(batch, drop_remainder=True, batch_fn=list)
-        .repeat(reseed_each_epoch=True)
-        .map(read)
-    )
+    shuffled = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
+    if first_row is None:
+        batched = shuffled.batch(batch, drop_remainder=True, batch_fn=list)
+        dataset = batched.repeat(reseed_each_epoch=True).map(read)
+    else:
+        rows, begin = shuffled.repeat(reseed_each_epoch=True), first_row
+        numbered = grain.MapDataset.range(sys.maxsize // batch - begin)
+        dataset = numbered.map(lambda n: read([rows[begin + n * batch + i] for i in range(batch)]))
     # Two threads, some batches ahead, hide decoding behind the device; order is kept.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     iterator = iter(dataset.to_iter_dataset(options))
-    iterator.set_state({"next_index": start})
+    iterator.set_state({"next_index": start if first_row is None else 0})
 
     def batches() -> Iterator[list[LoadedRow]]:
         for found in iterator:

@@ -59,6 +59,8 @@ _ABOUT: dict[str, dict[str, str]] = {
         "completion/truncated_fraction": "share cut at max_new_tokens",
         "reward/answer_tag": "share with an <answer> tag",
         "tokens": "of all prompts, all completions of a step",
+        "tokens/visual": "in the prompts of a step",
+        "partner's tokens": "that the idle role read and wrote in a step",
         "rollout/steps": "decoding steps",
         "rollout/occupancy": "share of columns that drew a token",
     },
@@ -69,6 +71,8 @@ _ABOUT: dict[str, dict[str, str]] = {
         "health/warnings": "of the run so far",
         "sampler_gap": "log-probs of rollout and update, difference",
         "verifier": "judgements of a step",
+        "samples": "completions that a step drew",
+        "model FLOPs": "of the matrix products of a step",
         "compile/count": "programs compiled in a step",
         "compile/seconds": "of a step; contained in its stages",
     },
@@ -88,7 +92,15 @@ _LINES: dict[str, dict[str, str]] = {
         "completion/length_max": "longest",
     },
     "tokens": {"tokens/prompts": "prompts", "tokens/completions": "completions"},
+    "partner's tokens": {
+        "tokens/partner_prompts": "prompts",
+        "tokens/partner_completions": "completions",
+    },
     "sampler_gap": {"sampler_gap/mean": "mean", "sampler_gap/max": "largest"},
+    "model FLOPs": {
+        f"flops/{stage}": stage
+        for stage in ("total", "rollout", "partner", "reference", "update", "anchor")
+    },
     "verifier": {"verifier/asked": "asked", "verifier/failed": "failed"},
 }
 """Panels of several metrics; each other panel is the metric of its title."""

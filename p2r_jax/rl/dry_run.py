@@ -180,15 +180,17 @@ def collect_some(trainer: Trainer, phase: Phase, questions: int, clock: Clock) -
     own = dataclasses.replace(
         phase.config, prompts=count, microbatch=0, minibatches=1, dynamic_sampling=0
     )
-    seed = trainer.config.seed * 1000 + phase.number
+    earlier = trainer.phases[: phase.number]
+    one_stream = trainer.config.data.order == "run"
     batches = training_batches(
         trainer.train_source,
         count,
-        seed,
+        trainer.config.seed * 1000 + (0 if one_stream else phase.number),
         unreadable=trainer.unreadable,
         share=share_of(trainer.mesh),
+        first_row=sum(p.steps * p.config.prompts for p in earlier) if one_stream else None,
     )
-    steps = sum(before.steps for before in trainer.phases[: phase.number])
+    steps = sum(before.steps for before in earlier)
     trainer.live.progress = Progress(phase.number, 0, steps)
     collected, _ = trainer._collect(dataclasses.replace(phase, config=own), batches, clock)
     return collected

@@ -237,6 +237,7 @@ def check_same_config(config: TrainConfig, run: Path) -> None:
     if not file.is_file():
         return
     now, before = _plain(dataclasses.asdict(config)), yaml.safe_load(file.read_text())
+    before.get("data", {}).setdefault("order", "phase")  # Runs of earlier versions do not name it.
     for settings in (now, before):
         for part, names in FREE_PARTS.items():
             for name in names:

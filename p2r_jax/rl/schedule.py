@@ -96,20 +96,23 @@ class Progress:
     """Of prompts and completions that have been trained on so far, over all phases."""
     ended: bool = False
     """The phase is over before its steps are done, see `HealthConfig.action`."""
+    rows: int = 0
+    """Taken from the training data so far, over all phases."""
 
     def is_over(self, phase: Phase) -> bool:
         """Whether the phase that this is in has no step left."""
         return self.ended or self.phase_step >= phase.steps
 
-    def after_step(self, batches: int = 1, tokens: int = 0) -> Progress:
-        """One step further in the same phase, which took so many batches and trained on so many
-        tokens."""
-        return Progress(
-            self.phase,
-            self.phase_step + 1,
-            self.step + 1,
-            self.batch + batches,
-            self.tokens + tokens,
+    def after_step(self, batches: int = 1, tokens: int = 0, rows: int = 0) -> Progress:
+        """One step further in the same phase, which took so many batches and rows, and trained on
+        so many tokens."""
+        return dataclasses.replace(
+            self,
+            phase_step=self.phase_step + 1,
+            step=self.step + 1,
+            batch=self.batch + batches,
+            tokens=self.tokens + tokens,
+            rows=self.rows + rows,
         )
 
     def next_phase(self) -> Progress:

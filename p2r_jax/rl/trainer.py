@@ -64,6 +64,7 @@ from p2r_jax.rl.step import (
 from p2r_jax.rl.stop import Interrupted, Preempted, RunStopped, StopRequests
 from p2r_jax.rl.updates import Collected, Updates
 from p2r_jax.rl.watch import Watch
+from p2r_jax.rl.work import work_metrics
 from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.image_store import ImageStore, share_of
 from p2r_jax.roles.pipeline import Pipeline
@@ -208,17 +209,21 @@ class Trainer:
                     self._start_phase(phase)
                 if live.pending is not None:  # Saved in the middle of an evaluation.
                     self._after_step(phase, log)
+                one_stream = self.config.data.order == "run"
                 batches = training_batches(
                     self.train_source,
                     phase.config.prompts,
-                    self.config.seed * 1000 + phase.number,
+                    self.config.seed * 1000 + (0 if one_stream else phase.number),
                     live.progress.batch,
                     self.unreadable,
                     share_of(self.mesh),
+                    first_row=live.progress.rows if one_stream else None,
                 )
                 while not live.progress.is_over(phase):
                     metrics, used = self._step(phase, batches, log)
-                    live.progress = live.progress.after_step(used, _tokens(metrics))
+                    live.progress = live.progress.after_step(
+                        used, _tokens(metrics), used * phase.config.prompts
+                    )
                     live.pending = metrics | {"tokens/seen": live.progress.tokens}
                     self._after_step(phase, log)
                     shown = f"round {phase.round + 1} {phase.role}"
@@ -303,6 +308,10 @@ class Trainer:
             with clock("samples"):
                 self._log_samples(phase, collected, number, log)
         metrics |= {f"verifier/{name}": count for name, count in self.grader.counts().items()}
+        for one in collected:
+            name = f"{one.role.role}/" if len(collected) > 1 else ""
+            work = work_metrics(one, self.pipeline.builder, self.config)
+            metrics |= {name + key: value for key, value in work.items()}
         metrics["data/batches"] = used
         metrics |= {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
         metrics["time/step"] = time.perf_counter() - begin

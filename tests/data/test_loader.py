@@ -66,6 +66,33 @@ def test_too_few_rows_is_an_error():
         training_batches(Rows(3), 4, seed=0)
 
 
+class TestOneStream:
+    """`first_row`: the order does not depend on how rows are divided into batches."""
+
+    def rows(self, batch: int, count: int, first: int = 0) -> list[int]:
+        return [
+            *itertools.chain(*ids(training_batches(Rows(10), batch, 5, first_row=first), count))
+        ]
+
+    def test_every_row_comes_once_an_epoch_and_none_is_dropped(self):
+        seen = self.rows(3, 10)
+        epochs = [seen[i : i + 10] for i in (0, 10, 20)]
+        assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == 3
+
+    @pytest.mark.parametrize("batch", [1, 2, 4, 6])
+    def test_any_batch_size_gives_the_same_stream(self, batch):
+        assert self.rows(batch, 24 // batch) == self.rows(3, 8)
+
+    @pytest.mark.parametrize("first", [1, 7, 12, 23])
+    def test_it_goes_on_from_any_row(self, first):
+        assert self.rows(4, 5, first) == self.rows(1, 50)[first : first + 20]
+
+    def test_the_seed_decides_it(self):
+        other = ids(training_batches(Rows(10), 3, 6, first_row=0), 3)
+        assert [*itertools.chain(*other)] != self.rows(3, 3)
+
+
 class Broken(Rows):
     """Rows 2, 3 and 7 of 10 have no image."""
 

@@ -19,9 +19,10 @@ from p2r_jax.evals import launch, scoring
 from p2r_jax.evals.launch import run_evaluation
 from p2r_jax.evals.modes import MODES
 from p2r_jax.evals.record_file import EvalWriter
-from p2r_jax.evals.runner import Decoding, choice_letters, evaluate
+from p2r_jax.evals.runner import Decoding, evaluate
 from p2r_jax.qwen3_vl.hf import load_pretrained
 from p2r_jax.qwen3_vl.processor import Processor
+from p2r_jax.roles.answers import choice_letters
 from p2r_jax.roles.grading import Grader
 from p2r_jax.roles.image_store import ImageStore
 from p2r_jax.roles.pipeline import Completion, Pipeline

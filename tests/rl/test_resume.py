@@ -21,7 +21,7 @@ from p2r_jax.rl import experience, launch
 from p2r_jax.rl.evaluations import Evaluations
 from p2r_jax.rl.stop import Preempted
 from tests.rl.runs import Run, assert_same_outcome, kill, straight_and_killed
-from tests.rl.tiny_run import make_config, metric_rows
+from tests.rl.tiny_run import PROMPTS, make_config, metric_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,3 +222,43 @@ class TestTheDemosSettings:
         """Two devices share the rollout and the update, and neither run writes other numbers."""
         whole, killed = runs
         assert_same_outcome(killed.folder, whole)
+
+
+class TestOneStreamOfQuestions:
+    """`data.order: run`."""
+
+    @pytest.fixture
+    def config(self, tmp_path, tiny_checkpoint):
+        config = make_config(tmp_path / "run", tiny_checkpoint)
+        config.data.order = "run"
+        return config
+
+    def test_goes_on_over_phases_and_kills(self, config):
+        """A phase takes up where the one before stopped, a resumed run where it was killed; the
+        rows are those of one phase as long as all of them."""
+        kill(config, "_step", 4)
+        rest = Run(config)
+        alone = dataclasses.replace(config, run=f"{config.run}_alone")
+        alone.phases = [dataclasses.replace(config.phases[1], steps=4)]
+        expected = Run(alone).questions
+        assert len({id for batch in expected for id in batch}) == 4 * PROMPTS
+        assert rest.questions == expected[3:]
+        shown = [rest.samples(step)[0]["id"] for step in (1, 2, 3, 4)]
+        assert shown == [batch[0] for batch in expected]
+
+    def test_is_not_how_a_run_of_another_order_goes_on(self, config):
+        launch.require_writable(Path(config.run))
+        launch.write_config(config, Path(config.run))
+        config.data = dataclasses.replace(config.data, order="phase")
+        with pytest.raises(ValueError, match=r"other settings \(data\)"):
+            launch.train(config)
+
+    def test_runs_of_earlier_versions_go_on(self, config, tmp_path):
+        """Their config names no order."""
+        config.data = dataclasses.replace(config.data, order="phase")
+        launch.require_writable(Path(config.run))
+        launch.write_config(config, Path(config.run))
+        file = Path(config.run) / "config.yaml"
+        file.write_text(file.read_text().replace("  order: phase\n", ""))
+        assert "order" not in file.read_text()
+        launch.check_same_config(config, Path(config.run))

@@ -99,6 +99,10 @@ class TestProgress:
         assert self.BEFORE.after_step() == Progress(1, 4, 10, 6, 700)
         assert self.BEFORE.after_step(3, 50) == Progress(1, 4, 10, 8, 750)
 
+    def test_rows_are_counted_over_all_phases(self):
+        after = self.BEFORE.after_step(2, 50, rows=16).next_phase().after_step(1, 50, rows=8)
+        assert (after.batch, after.rows) == (1, 24)
+
     def test_the_next_phase_starts_with_its_own_first_batch(self):
         assert self.BEFORE.next_phase() == Progress(2, 0, 9, 0, 700)
 

@@ -82,7 +82,9 @@ class TestWhatARunLeavesBehind:
             "ratio approx_kl clip_low_fraction clip_high_fraction dual_clip_fraction "
             "sampler_gap/mean sampler_gap/max grad_norm lr skipped_steps tokens/prompts "
             "tokens/completions tokens/seen rollout/steps rollout/occupancy verifier/asked "
-            "verifier/failed compile/count compile/seconds reward/teaching_groups"
+            "verifier/failed compile/count compile/seconds reward/teaching_groups samples "
+            "tokens/visual tokens/partner_prompts tokens/partner_completions tokens/partner_visual "
+            "flops/rollout flops/partner flops/reference flops/update flops/anchor flops/total"
         )
         stages = "data upload weights encode prefill decode partner reward reference update samples"
         names = f"{names} time/step {' '.join(f'time/{stage}' for stage in stages.split())}"
@@ -103,6 +105,20 @@ class TestWhatARunLeavesBehind:
         """So progress can be compared between runs of other batch sizes."""
         each = [row["tokens/prompts"] + row["tokens/completions"] for row in whole.steps]
         assert [row["tokens/seen"] for row in whole.steps] == np.cumsum(each).tolist()
+
+    def test_what_a_step_cost_is_counted_for_both_roles(self, whole):
+        """A perceiver's step asks the partner once for each of its samples, a reasoner's once for
+        each question."""
+        for row in whole.steps:
+            assert row["samples"] == PROMPTS * GROUP
+            assert 0 < row["tokens/visual"] < row["tokens/prompts"]
+            assert 0 < row["tokens/partner_visual"] < row["tokens/partner_prompts"]
+            asked = PROMPTS * (GROUP if row["phase"] == "perceiver" else 1)
+            assert asked <= row["tokens/partner_completions"] <= asked * TOKENS
+            stages = ["rollout", "partner", "reference", "update", "anchor"]
+            total = sum(row[f"flops/{stage}"] for stage in stages)
+            assert row["flops/total"] == pytest.approx(total)
+            assert row["flops/update"] == pytest.approx(3 * row["flops/rollout"])
 
     def test_the_time_of_a_save_is_in_the_row_that_follows(self, whole):
         """The row of a step is written before its checkpoint, so that no checkpoint lacks it."""
