@@ -37,9 +37,8 @@ def test_the_embedded_model_plays_both_roles():
 
 
 def test_it_is_the_weak_start_that_the_readme_describes():
-    """It boxes the right tile more than half the time, reads two thirds of the characters in a crop
-    and none in the overview, so that both roles have something to learn. Bounds are wide: 128
-    questions."""
+    """It boxes the right tile about half the time, reads most characters in a crop and none in the
+    overview. Bounds are wide: 128 questions."""
     folder = locate_checkpoint("tiny")
     processor = Processor.from_pretrained(folder)
     graph, params = nnx.split(load_pretrained(folder, dtype="float32"), nnx.Param)
@@ -52,15 +51,14 @@ def test_it_is_the_weak_start_that_the_readme_describes():
     )
     summary = summarize_modes("", records)["modes"]
     assert 0.3 < summary["p2r"]["hit_rate"] < 0.75
-    assert 0.5 < summary["oracle_box"]["accuracy"] < 0.85
+    assert summary["oracle_box"]["accuracy"] > 0.55
     assert summary["default"]["accuracy"] < 0.4
 
 
-def test_it_was_made_with_the_settings_that_are_the_defaults_now():
-    """Whoever changes the recipe makes the checkpoint again. The tower was taken from the one
-    shipped before, which the same command had made."""
+def test_it_was_made_by_one_command_with_the_settings_that_are_the_defaults_now():
+    """Whoever changes the recipe makes the checkpoint again."""
     made = json.loads((locate_checkpoint("tiny") / "made_by.json").read_text())
-    assert made["command"] == "p2r sft --out DIR --seed 0 --tower tiny"
+    assert made["command"] == "p2r sft --out DIR --seed 0"
     for stage, settings in (("dense", DenseConfig()), ("joint", WarmStartConfig())):
         assert made[stage]["settings"] == json.loads(json.dumps(dataclasses.asdict(settings)))
         assert made[stage]["seconds"] > 0
