@@ -43,7 +43,7 @@ def settings(run: Path, model: Path, data: Path, **changes: Any) -> cfg.TrainCon
         "phases": [dataclasses.replace(phase, steps=1) for phase in config.phases],
         "data": cfg.DataConfig(train=str(data), validation=str(data)),
         "log": cfg.LogConfig(tensorboard=False, sample_prompts=PROMPTS),
-        "eval": dataclasses.replace(config.eval, every=0, final_modes=["p2r"]),
+        "eval": dataclasses.replace(config.eval, every=0, final_modes=["p2r"], modes=["p2r"]),
         "export": False,
     }
     return dataclasses.replace(config, **fields | changes)
