@@ -205,7 +205,8 @@ def _train(
             console.print(format_table(summary_rows(rows)), markup=False, highlight=False)
         judged = verdict_rows(summary["phases"])
         if judged:
-            console.print(format_table(judged), markup=False, highlight=False)
+            table = format_table(judged)
+            console.print(table, markup=False, highlight=False, soft_wrap=True)
         stages = ", ".join(f"{k} {v:.0f} s" for k, v in summary["stages"].items())
         console.print(f"{summary['wall_seconds']:.0f} s: {stages}", highlight=False)
         try:
