@@ -195,6 +195,7 @@ class TestARun:
         launch.train(config)
         assert_same_outcome(tmp_path / "run", run)
 
+    @pytest.mark.slow
     def test_best_weights_that_cannot_be_read_make_room_for_the_next(
         self, percent, tmp_path, tiny_checkpoint, monkeypatch
     ):
@@ -233,6 +234,7 @@ def test_if_no_step_beats_the_start_its_weights_are_exported(
     assert "no step of" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("export", ["last", "none"])
 def test_other_exports(percent, tmp_path, tiny_checkpoint, export):
     percent.update({0: 50})
@@ -248,6 +250,7 @@ def test_other_exports(percent, tmp_path, tiny_checkpoint, export):
         assert run.summary["export"]["chosen"] == "last"
 
 
+@pytest.mark.slow
 def test_the_single_stage_control_goes_by_its_own_mode(percent, tmp_path, tiny_checkpoint):
     percent.update({0: 10, 1: 70, 2: 20})
     config = two_phases(tmp_path / "run", tiny_checkpoint)
@@ -259,6 +262,7 @@ def test_the_single_stage_control_goes_by_its_own_mode(percent, tmp_path, tiny_c
     assert_same_arrays(exported_params(run.folder / "export"), params_of(run.folder, 1))
 
 
+@pytest.mark.slow
 def test_in_later_rounds_the_first_phase_follows_the_last(
     percent, tmp_path, tiny_checkpoint, monkeypatch
 ):

@@ -171,6 +171,7 @@ class TestAskedToEnd:
         assert_same_outcome(Path(config.run), whole)
 
 
+@pytest.mark.slow
 class TestTheDemosSettings:
     """What configs/tiny.yaml turns on: two devices, the role anchor, a frozen tower, a schedule;
     and the baseline role, which no shipped config uses."""
