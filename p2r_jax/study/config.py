@@ -21,6 +21,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -253,7 +254,8 @@ def train_config(settings: Mapping[str, Any]) -> TrainConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig, nested_key=None)
     try:
-        made = parser.instantiate_classes(parser.parse_object(dict(settings)))
+        # The parser changes what it is given.
+        made = parser.instantiate_classes(parser.parse_object(copy.deepcopy(dict(settings))))
     except (ArgumentError, TypeError, KeyError) as error:
         raise ValueError(_short(str(error))) from error
     return TrainConfig(**{f.name: made[f.name] for f in dataclasses.fields(TrainConfig)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,15 @@ def test_what_a_run_is_given(tmp_path):
     assert (own.learning_rate, own.beta1, own.beta2, own.eps) == (0.4, 0.7, 0.6, 1e-6)
     assert (config.run, config.seed, config.eval.final_questions) == ("somewhere", 3, 50)
     assert [phase.prompts for phase in config.phases] == [BASE["phases"][0]["prompts"]]
+
+
+def test_making_a_config_leaves_the_study_as_it_was(tmp_path):
+    """It is written into study.json later."""
+    overrides = {"phases": [{"role": "reasoner", "steps": 2, "prompts": 4}]}
+    plan = read_study(write_study(tmp_path, arms=arm(overrides=overrides)))
+    before = json.dumps(plan.plain())
+    plan_jobs(plan, tmp_path / "out")
+    assert json.dumps(plan.plain()) == before
 
 
 def test_lists_are_replaced_whole():
