@@ -298,13 +298,24 @@ def _sft_parser() -> ArgumentParser:
     parser = ArgumentParser()
     parser.add_argument("--out", type=str, required=True, help="checkpoint folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dense_steps", type=int | None, default=None)
+    parser.add_argument(
+        "--dense_steps",
+        type=int | None,
+        default=None,
+        help="steps of the dense stage; with --tower, more of them",
+    )
     parser.add_argument("--steps", type=int | None, default=None, help="joint training steps")
     parser.add_argument(
         "--tower",
         type=str | None,
         default=None,
-        help="skip the dense stage: take the tower of this checkpoint",
+        help="take the tower of this checkpoint instead of training one from nothing",
+    )
+    parser.add_argument(
+        "--taught_glyphs",
+        type=str | None,
+        default=None,
+        help="characters whose names the reasoner is taught; others are left to reinforcement",
     )
     parser.add_argument("--cpu_devices", type=int | None, default=None)
     return parser
@@ -320,6 +331,7 @@ def _sft(args: Namespace) -> None:
         dense_steps=args.dense_steps,
         steps=args.steps,
         tower=args.tower,
+        taught_glyphs=args.taught_glyphs,
     )
 
 

@@ -56,6 +56,16 @@ def whole_compilation():
 
 
 @pytest.fixture(scope="session")
+def compiled_programs(tmp_path_factory):
+    """Folder for compiled programs, which all workers of this session share, and the processes
+    that they start."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory):
     """Folder of the tiny model's tokenizer, config and processor files; no weights."""
     from tests.tiny import write_files

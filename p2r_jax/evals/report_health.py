@@ -100,6 +100,7 @@ def _entry(
     span: Span, evaluations: Sequence[Evaluation], comparisons: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
     modes = {e.name: list(e.modes) for e in evaluations if e.finished}
+    span = span.among(modes)
     end = modes.get(span.end, [])
     mode = mode_that_counts(mode for mode in modes.get(span.start, []) if mode in end)
     pair = (span.start, mode), (span.end, mode)

@@ -86,6 +86,7 @@ def progress_of(run: Path, rows: Sequence[Row], notes: list[str]) -> Progress | 
             dataclasses.replace(phase, steps=int(steps))
             for phase, steps in zip(phases, lengths, strict=True)
         ]
+    phases = _ended_early(phases, finished)
     known = [phase.steps for phase in phases if phase.steps is not None]
     total = sum(known) if phases and len(known) == len(phases) else None
     metrics = run / "metrics.jsonl"
@@ -134,6 +135,16 @@ def _schedule(
         steps = None if steps is None else int(steps)
         phases.append(Planned(label, role, steps, done.get(number, 0)))
     return phases
+
+
+def _ended_early(phases: Sequence[Planned], finished: bool) -> list[Planned]:
+    """A phase that another one followed, or the end of the run, has no more steps than it took."""
+    begun = [i for i, phase in enumerate(phases) if phase.done]
+    over = begun if finished else begun[:-1]
+    return [
+        dataclasses.replace(phase, steps=phase.done) if i in over else phase
+        for i, phase in enumerate(phases)
+    ]
 
 
 def _where(phases: Sequence[Planned], found: Sequence[Phase]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,12 @@ def headline_of(
     return Headline(mode, first.name, last.name if last else None, rows, stations)
 
 
-def eval_order(name: str) -> tuple[int, list[Any]]:
-    """`before` first, `after` last, other names in numeric order between."""
+def eval_order(name: str) -> tuple[int, int, bool, list[Any]]:
+    """`before` first, `after` last, those of phases in their order and others in numeric order
+    between."""
     rank = 0 if name.startswith("before") else 2 if name == "after" else 1
-    return rank, natural(name)
+    phase = re.match(r"(after_)?phase(\d+)_", name)
+    return rank, int(phase[2]) if phase else 0, bool(phase and phase[1]), natural(name)
 
 
 def graded(records: Records) -> list[Mapping[str, Any]]:

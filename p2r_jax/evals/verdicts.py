@@ -1,13 +1,14 @@
 """Whether each phase of a run ended better than it began: the same questions, paired.
 
 RUN/eval/before.jsonl, after_phase1_perceiver.jsonl, ..., after.jsonl
+    (and phase2_reasoner_start.jsonl, of a phase that began with other weights than those)
     --phase_verdicts--> [{number, role, start, end, accuracy_start, ..., verdict}]
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -37,9 +38,21 @@ class Span:
     """Name of the evaluation of the weights that the phase began with."""
     end: str
 
+    def among(self, names: Container[str]) -> Span:
+        """Of a run that made these evaluations: a phase that began with other weights than the end
+        of the one before has one of its own."""
+        own = start_name(self.number, self.role)
+        return dataclasses.replace(self, start=own) if own in names else self
+
     @property
     def label(self) -> str:
         return f"round {self.round} {self.role}"
+
+
+def start_name(number: int, role: str) -> str:
+    """Name of the evaluation that a phase begins with if its weights are not those that the one
+    before ended with (`PhaseConfig.start`). number: from 1, over all rounds."""
+    return f"phase{number}_{role}_start"
 
 
 def spans_of(roles: Sequence[str], rounds: int) -> list[Span]:
@@ -89,7 +102,8 @@ def phase_verdicts(run: Path, spans: Iterable[Span]) -> list[dict[str, Any]]:
     others the span alone."""
     sides: dict[str, dict[str, list[Record]]] = {}
     entries = []
-    for span in spans:
+    made = {file.stem for file in (run / "eval").glob("*.jsonl")}
+    for span in (span.among(made) for span in spans):
         for name in (span.start, span.end):
             if name not in sides:
                 records = read_jsonl(run / "eval" / f"{name}.jsonl", [])

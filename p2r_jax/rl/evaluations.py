@@ -14,9 +14,11 @@ from flax import nnx
 from p2r_jax.config import TrainConfig
 from p2r_jax.data.loader import ImageCache, LoadedRow, Unreadable, evaluation_batches
 from p2r_jax.evals.intervals import Accuracy
+from p2r_jax.evals.modes import LIVE_MODES
 from p2r_jax.evals.record_file import EvalWriter
 from p2r_jax.evals.runner import Decoding, evaluate
 from p2r_jax.evals.scoring import summarize_modes
+from p2r_jax.evals.verdicts import start_name
 from p2r_jax.parallel.multihost import gather, is_main
 from p2r_jax.paths import as_path
 from p2r_jax.rl.best import accuracy_of, metric_of, shared_questions
@@ -61,6 +63,10 @@ class Evaluations:
             return "after"
         return f"after_phase{phase.number + 1}_{phase.role}"
 
+    def name_at_start(self, phase: Phase) -> str:
+        """Name of the one that a phase begins with if its weights are not the newest."""
+        return start_name(phase.number + 1, phase.role)
+
     def due(self, phase: Phase, phase_step: int) -> bool:
         """Whether a short one follows this step; a phase's last step has a full one."""
         every = self.config.eval.every
@@ -96,6 +102,9 @@ class Evaluations:
         settings = self.config.eval
         if name == "before":  # The snapshot is the policy: one mode tells all.
             return list(dict.fromkeys([*settings.final_modes, *filter(None, [self.metric])]))
+        if name in map(self.name_at_start, self.phases):  # So it is here.
+            own = [mode for mode in settings.modes if mode.partition(":")[0] not in LIVE_MODES]
+            return list(dict.fromkeys([*own, *filter(None, [self.metric])]))
         if name == "after":
             return list(dict.fromkeys([*settings.final_modes, *settings.modes]))
         return settings.modes
@@ -161,7 +170,9 @@ class Evaluations:
 
     def load(self, phases_done: int) -> None:
         """After a resume, when so many phases are over: the full ones that were done by then."""
-        names = ("before", *map(self.name_after, self.phases[:phases_done]))
+        over = self.phases[: phases_done + 1]
+        names = ["before", *map(self.name_at_start, over)]
+        names += map(self.name_after, over[:phases_done])
         files = [self.run / "eval" / f"{name}.json" for name in names]
         # One process decides for all: a file that only some of them see would part their ways.
         there = gather(np.asarray([file.is_file() for file in files]))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from p2r_jax.config import PhaseConfig, TrainConfig
 
@@ -102,6 +103,11 @@ class Progress:
     def is_over(self, phase: Phase) -> bool:
         """Whether the phase that this is in has no step left."""
         return self.ended or self.phase_step >= phase.steps
+
+    def ahead(self, phases: Sequence[Phase]) -> int:
+        """Steps that are left, of this phase and the following ones."""
+        own = sum(phase.steps for phase in phases[self.phase : self.phase + 1]) - self.phase_step
+        return sum(phase.steps for phase in phases[self.phase + 1 :]) + (0 if self.ended else own)
 
     def after_step(self, batches: int = 1, tokens: int = 0, rows: int = 0) -> Progress:
         """One step further in the same phase, which took so many batches and rows, and trained on

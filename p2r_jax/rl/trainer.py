@@ -206,7 +206,7 @@ class Trainer:
             while live.progress.phase < len(self.phases):
                 phase = self.phases[live.progress.phase]
                 if live.progress.phase_step == 0 and phase.number > 0:
-                    self._start_phase(phase)
+                    self._start_phase(phase, log)
                 if live.pending is not None:  # Saved in the middle of an evaluation.
                     self._after_step(phase, log)
                 one_stream = self.config.data.order == "run"
@@ -228,7 +228,8 @@ class Trainer:
                     self._after_step(phase, log)
                     shown = f"round {phase.round + 1} {phase.role}"
                     reward = f"{shown}, reward {metrics['reward/mean']:.2f}"
-                    bar.update(task, completed=live.progress.step, description=reward)
+                    done, total = live.progress.step, self.total_steps
+                    bar.update(task, completed=done, total=total, description=reward)
                 self.best.ended(live.progress.step)
                 self._evaluate(self.evaluations.name_after(phase), log)
                 live.progress = live.progress.next_phase()
@@ -238,7 +239,7 @@ class Trainer:
         log.close()
         return self._write_summary(log)
 
-    def _start_phase(self, phase: Phase) -> None:
+    def _start_phase(self, phase: Phase, log: RunLog) -> None:
         """The policy becomes snapshot; the optimizer starts anew if it is set to."""
         live = self.live
         source = live.progress.step
@@ -260,6 +261,8 @@ class Trainer:
         else:
             live.state = with_state(params, kept)
         live.snapshot = self._to_snapshot(params)
+        if source != live.progress.step:  # Else the end of the phase before has told.
+            self._evaluate(self.evaluations.name_at_start(phase), log, source)
 
     def _take_best(self, phase: int | None, optimizer: bool) -> Score | None:
         """Make the best weights of a phase (None: of the run) that can be had the live ones; None
@@ -446,14 +449,16 @@ class Trainer:
         if live.progress.step not in (0, self.checkpoints.saved):
             self.checkpoints.save(live.progress, live.state, live.snapshot, live.pending)
 
-    def _evaluate(self, name: str, log: RunLog) -> None:
-        """A full evaluation, unless a run that was killed has made it already."""
+    def _evaluate(self, name: str, log: RunLog, weights: int | None = None) -> None:
+        """A full evaluation, unless a run that was killed has made it already. weights: the step
+        that they are of; None = the newest."""
         if name not in self.evaluations.summaries:
             policy = self._to_rollout(self.live.state.params)
             self.evaluations.full(name, policy, self._partner(), log, self.live.progress.step)
         else:
             self.evaluations.read_shared(name)
-        self._judged(0 if name == "before" else self.live.progress.step)
+        newest = 0 if name == "before" else self.live.progress.step
+        self._judged(newest if weights is None else weights)
 
     def _judged(self, step: int) -> None:
         """The last evaluation was of the weights of this step."""
@@ -520,8 +525,8 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Of all phases."""
-        return sum(phase.steps for phase in self.phases)
+        """Of all phases; of one that ended early those that it took."""
+        return self.live.progress.step + self.live.progress.ahead(self.phases)
 
     def _progress_bar(self) -> ProgressBar:
         return ProgressBar(

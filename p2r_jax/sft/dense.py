@@ -47,6 +47,9 @@ class DenseConfig:
     reads the characters of those and no others."""
     learning_rate: float = 1.5e-3
     seed: int = 0
+    before: int = 0
+    """Steps that the tower was trained for already: it goes on with the windows after those, as
+    far away as they were at the end. The heads are new."""
 
 
 @dataclasses.dataclass
@@ -263,12 +266,13 @@ def train_tower(
     nnx.update(optimizer, jax.device_put(nnx.state(optimizer), replicated(mesh)))
     dots = np.stack([glyph_ink(g)[::2, ::2] for g in source.config.glyphs])
     dots = dots.reshape(len(dots), -1).astype(np.float32)
-    rng = np.random.default_rng(dense.seed + 1)
+    rng = np.random.default_rng(dense.seed + 1 + dense.before)
     scenes = dense.images // WINDOWS_PER_SCENE
 
     def batch(i: int) -> tuple[Patches, dict[str, np.ndarray]]:
-        closest = CLOSEST_AT_END * min(1.0, i / dense.steps)
-        windows = render_windows(source, i * scenes, dense.images, sizes, rng, closest)
+        closest = CLOSEST_AT_END * (1.0 if dense.before else i / dense.steps)
+        first = (dense.before + i) * scenes
+        windows = render_windows(source, first, dense.images, sizes, rng, closest)
         labels = windows.labels | {"position": windows.position}
         return window_patches(windows, config), labels | {"dots": dots[labels["glyph"]]}
 

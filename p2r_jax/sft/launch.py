@@ -39,22 +39,34 @@ def make_warm_start(
     dense_steps: int | None = None,
     steps: int | None = None,
     tower: str | None = None,
+    taught_glyphs: str | None = None,
 ) -> None:
     """Train the tiny model from nothing and write it to `out` in Hugging Face layout.
 
     tower: folder of an earlier result, or `tiny` for the one inside this package, whose vision
-    tower is taken instead of the dense stage. Else the tower of this run goes to `out`.tower as
-    soon as it is trained. Raises FileExistsError if `out` exists, ValueError if the devices cannot
-    share a batch.
+    tower is taken; with `dense_steps` it is trained for so many more, without it the dense stage is
+    left out. A tower of this run goes to `out`.tower as soon as it is trained. taught_glyphs: as
+    `WarmStartConfig.taught_glyphs`.
+
+    Raises FileExistsError if `out` exists, ValueError for characters that there are not, or if the
+    devices cannot share a batch.
     """
     kept = out.with_name(f"{out.name}.tower")
-    for folder in (out, kept) if tower is None else (out,):
+    trains_tower = tower is None or bool(dense_steps)
+    for folder in (out, kept) if trains_tower else (out,):
         if folder.exists():
             raise FileExistsError(f"{folder} exists: choose another --out or delete it first")
     console = Console(highlight=False)
     dense = DenseConfig(seed=seed) if dense_steps is None else DenseConfig(dense_steps, seed=seed)
     joint = WarmStartConfig(seed=seed) if steps is None else WarmStartConfig(steps, seed=seed)
     source = VisualSearch("train", seed=seed)
+    if taught_glyphs is not None:
+        if unknown := set(taught_glyphs) - set(source.config.glyphs):
+            raise ValueError(
+                f"--taught_glyphs: there is no {', '.join(sorted(unknown))} in the pictures, only "
+                f"{source.config.glyphs}"
+            )
+        joint = dataclasses.replace(joint, taught_glyphs=taught_glyphs)
     mesh = make_mesh(data=-1, fsdp=1)
     for batch in (dense.images, joint.perceiver_batch, joint.reasoner_batch):
         if batch % mesh.size:
@@ -63,6 +75,7 @@ def make_warm_start(
                 "(CUDA_VISIBLE_DEVICES, TPU_VISIBLE_CHIPS); the model is tiny"
             )
     asked = {"seed": seed, "dense_steps": dense_steps, "steps": steps, "tower": tower}
+    asked |= {"taught_glyphs": taught_glyphs}
     options = [f"--{name} {value}" for name, value in asked.items() if value is not None]
     made: dict[str, Any] = {"command": " ".join(["p2r sft --out DIR", *options])}
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,19 +84,23 @@ def make_warm_start(
         model = Qwen3VL(processor.config, nnx.Rngs(seed))
         size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
         console.print(f"{size:,} parameters, {len(processor.tokenizer)} tokens")
-        if tower is None:
-            rows = train_tower(model.visual, processor.config, processor.sizes, source, dense, mesh)
-            made["dense"] = _follow(rows, "dense", dense, console)
-            _to_one_device(model)
-            # Its own folder, so that the long stage need not be repeated (`--tower`).
-            save_pretrained(model, kept, files_from=files, dtype="float32")
-            (kept / "made_by.json").write_text(json.dumps(made, indent=2) + "\n")
-        else:
+        if tower is not None:
             taken = locate_checkpoint(tower)
             nnx.update(model.visual, nnx.state(load_pretrained(taken, dtype="float32").visual))
             earlier = taken / "made_by.json"
             if earlier.is_file():
                 made["dense"] = json.loads(earlier.read_text()).get("dense")
+        if trains_tower:
+            stages = _stages(made.pop("dense", None))
+            before = sum(stage["settings"]["steps"] for stage in stages)
+            dense = dataclasses.replace(dense, before=before)
+            rows = train_tower(model.visual, processor.config, processor.sizes, source, dense, mesh)
+            stages.append(_follow(rows, "dense", dense, console))
+            made["dense"] = stages if len(stages) > 1 else stages[0]
+            _to_one_device(model)
+            # Its own folder, so that the long stage need not be repeated (`--tower`).
+            save_pretrained(model, kept, files_from=files, dtype="float32")
+            (kept / "made_by.json").write_text(json.dumps(made, indent=2) + "\n")
         builder = RequestBuilder(processor, load_prompt_set("tiny"), BUCKETS)
         pools = make_pool(model, builder, source, joint)
         made["joint"] = _follow(train_roles(model, pools, joint, mesh), "joint", joint, console)
@@ -91,6 +108,13 @@ def make_warm_start(
         save_pretrained(model, out, files_from=files, dtype="bfloat16")
     (out / "made_by.json").write_text(json.dumps(made, indent=2) + "\n")
     console.print(f"wrote {out}")
+
+
+def _stages(dense: Any) -> list[Any]:
+    """Of the tower's training, as made_by.json has it: a stage, or several in a row."""
+    if dense is None:
+        return []
+    return dense if isinstance(dense, list) else [dense]
 
 
 def _to_one_device(model: Qwen3VL) -> None:

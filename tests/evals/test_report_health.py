@@ -59,6 +59,16 @@ class TestPanel:
         assert "better – round 1 reasoner p2r 100 82.0 % 62.0 % -20.0" in page.text
         assert "1.9e-06 worse 2" in page.text
 
+    def test_a_phase_that_began_with_the_best_weights_is_judged_by_them(self, run):
+        """Not by the end of the phase before."""
+        records = [answer(str(i), correct=int(i < 90)) for i in range(100)]
+        name = "phase2_reasoner_start"
+        write_jsonl(run / f"eval/{name}.jsonl", *records)
+        (run / f"eval/{name}.json").write_text(json.dumps(scoring.summarize_modes(name, records)))
+        (run / "summary.json").unlink()
+        text = Page(write_report(run)).text
+        assert "round 1 reasoner p2r 100 90.0 % 62.0 % -28.0" in text
+
     def test_warnings_are_told_by_phase_with_what_to_do(self, run):
         text = Page(write_report(run)).text
         assert "Warnings, round 1 reasoner 2" in text

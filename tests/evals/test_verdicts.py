@@ -124,6 +124,15 @@ class TestVerdicts:
     def test_no_difference_is_none_whatever_the_test_says(self):
         assert verdict_of({"difference": 0.0, "mcnemar_p": 0.01}) == "no clear change"
 
+    def test_a_phase_that_began_with_other_weights_is_judged_by_its_own_start(self, two_phases):
+        """80 of 100 at step 20, 70 at the phase's end; the next one began with those of step 20."""
+        write(two_phases, "after_phase1_perceiver", 70)
+        write(two_phases, "phase2_reasoner_start", 82)
+        _, second = phase_verdicts(two_phases, spans_of(["perceiver", "reasoner"], 1))
+        assert second["start"] == "phase2_reasoner_start"
+        assert (second["accuracy_start"], second["accuracy_end"]) == (0.82, 0.62)
+        assert second["verdict"] == "worse"
+
 
 class TestWhatIsSaid:
     def test_the_table_has_every_phase(self, two_phases):

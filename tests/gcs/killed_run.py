@@ -6,8 +6,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import jax
-
 from p2r_jax.config import TrainConfig
 from p2r_jax.rl import launch
 from tests.rl.tiny_run import make_config, patches
@@ -21,7 +19,6 @@ def config_of(run: str, model: Path | str) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_disable_most_optimizations", True)
     for where, name, value in patches():
         setattr(where, name, value)
     launch.train(config_of(*sys.argv[1:]))

@@ -152,10 +152,10 @@ class TestRecords:
 class TestTraining:
     @pytest.mark.slow
     def test_killed_and_resumed_it_equals_a_local_run(
-        self, folder, server, tiny_checkpoint, tmp_path_factory, tmp_path
+        self, folder, server, tiny_checkpoint, compiled_programs, tmp_path
     ):
         """By SIGKILL as soon as the first step's checkpoint is whole."""
-        with runs.small_world(tmp_path_factory.mktemp("compiled")):
+        with runs.small_world(compiled_programs):
             whole = runs.Run(config_of(str(tmp_path / "run"), tiny_checkpoint))
             process = start("-m", "tests.gcs.killed_run", str(folder), str(tiny_checkpoint))
             commit = f"{folder.name}/checkpoints/1/commit_success.txt"

@@ -36,11 +36,6 @@ def first(model, allowed, snapshot_log_probs):
     return step(model, make_batch(reference_log_probs=snapshot_log_probs), allowed)
 
 
-@pytest.fixture(scope="session")
-def compiled_programs(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture(scope="module")
 def small_world(compiled_programs):
     """For modules that train: see `runs.small_world`."""

@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.rl.runs import cached
+
 ROOT = Path(__file__).parents[2]
 STAGES = ("decode", "update", "save", "improve")
 VARIES = ("time/", "compile/")
@@ -40,14 +42,11 @@ LONGEST_DELAY = {"decode": 0.1, "update": 0.6, "save": 0.3, "improve": 0.1}
 
 def run_here(run: str, model: str, stages: str) -> None:
     """The run itself; it writes the stage that it is in to the file `stages`, a line for each."""
-    import jax
-
     from p2r_jax.rl import experience, launch, trainer
     from p2r_jax.rl.best import Best
     from p2r_jax.rl.checkpointing import Checkpoints
     from tests.rl.tiny_run import make_config, patches
 
-    jax.config.update("jax_disable_most_optimizations", True)
     for where, name, value in patches():
         setattr(where, name, value)
     file = open(stages, "a", buffering=1)  # noqa: SIM115  open as long as the process lives
@@ -103,12 +102,7 @@ class Run:
         self.folder, self.stages = folder, folder.with_suffix(".stages")
         self.log = folder.with_suffix(".log")
         self.stages.write_text("")
-        options = {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+        options = {"JAX_PLATFORMS": "cpu", **cached(cache)}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", __spec__.name, "--run", str(folder), "--model", str(model),

@@ -33,7 +33,6 @@ def main(
     from p2r_jax.roles import answers
     from tests.rl.tiny_run import boxes_of, checksum, make_config
 
-    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_platforms", "cpu")
     folder = Path(run).parent
     folder.mkdir(parents=True, exist_ok=True)

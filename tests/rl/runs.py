@@ -18,6 +18,15 @@ from p2r_jax.rl.trainer import Trainer
 from tests.rl.tiny_run import fingerprint, metric_rows, patches
 
 
+def cached(folder: Path) -> dict[str, str]:
+    """Environment of a process that takes compiled programs from a folder, and leaves its own."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 @contextmanager
 def small_world(cache: Path) -> Iterator[None]:
     """What makes a run small; programs are compiled once for all runs that share `cache`, those of
@@ -27,7 +36,6 @@ def small_world(cache: Path) -> Iterator[None]:
     a run compiles would depend on the tests before it.
     """
     options = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(cache),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

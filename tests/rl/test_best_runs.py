@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from p2r_jax import cli
 from p2r_jax import config as cfg
 from p2r_jax.config import TrainConfig
+from p2r_jax.evals.report_results import eval_order
 from p2r_jax.qwen3_vl import load_pretrained
 from p2r_jax.qwen3_vl.arrays import array_types, restore_arrays
 from p2r_jax.rl import launch
@@ -125,6 +126,16 @@ class TestARun:
         )
         best = json.loads((run.folder / "best.json").read_text())
         assert best["starts"] == {"0": 0, "1": 2}
+
+    def test_that_phase_is_judged_by_the_weights_that_it_began_with(self, run):
+        """Whose evaluation comes between those of both phases, and on the report too."""
+        names = [row["name"] for row in run.rows if row["phase"] == "eval"]
+        assert names == ["before", "after_phase1_perceiver", "phase2_reasoner_start", "after"]
+        assert sorted(names, key=eval_order) == names
+        assert [row["step"] for row in run.rows if row.get("name") == names[2]] == [3]
+        first, second = run.summary["phases"]
+        assert (first["start"], first["end"]) == ("before", "after_phase1_perceiver")
+        assert (second["start"], second["end"]) == ("phase2_reasoner_start", "after")
 
     def test_the_export_holds_the_best_weights_and_says_so(self, run):
         assert_same_arrays(exported_params(run.folder / "export"), params_of(run.folder, 2))
@@ -275,8 +286,8 @@ def test_in_later_rounds_the_first_phase_follows_the_last(
     optimizers: list[dict[str, np.ndarray]] = []
     start = Trainer._start_phase
 
-    def watching(self, phase):
-        start(self, phase)
+    def watching(self, phase, log):
+        start(self, phase, log)
         leaves = jax.tree.leaves(self.live.state.opt_state)
         optimizers.append({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)})
 

@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.rl.kill_harness import STAGES, differences, killed_run_equals_whole_run
+from tests.rl.runs import cached
 from tests.rl.tiny_run import metric_rows
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,6 @@ needs_mounts = pytest.mark.skipif(
 def with_mount(run: Path, script: str, model: Path) -> str:
     """Output of a shell script that may mount and run `$TRAIN`; nobody else sees the mounts."""
     train = f"{sys.executable} -m tests.rl.process_run {run} {model} 1"
-    cache = run.parent / "compiled"
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script],
         cwd=ROOT,
@@ -59,11 +59,7 @@ def with_mount(run: Path, script: str, model: Path) -> str:
         timeout=600,
         env=os.environ
         | {"TRAIN": train, "RUN": str(run), "JAX_PLATFORMS": "cpu"}
-        | {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        },
+        | cached(run.parent / "compiled"),
     )
     return done.stdout + done.stderr
 

@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from p2r_jax.rl.stop import EXIT_RESTART
+from tests.rl.runs import cached
 from tests.rl.tiny_run import metric_rows
 
 ROOT = Path(__file__).parents[2]
@@ -36,11 +37,6 @@ class Processes:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(run.parent / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
         run.parent.mkdir(parents=True, exist_ok=True)
         self.logs = [run.parent / f"{run.name}_{i}.log" for i in range(count)]
         self.all = []
@@ -53,7 +49,7 @@ class Processes:
                         cwd=ROOT,
                         stdout=file,
                         stderr=subprocess.STDOUT,
-                        env=os.environ | cache | {"JAX_PLATFORMS": "cpu"},
+                        env=os.environ | cached(run.parent / "compiled") | {"JAX_PLATFORMS": "cpu"},
                     )
                 )
 
@@ -122,8 +118,10 @@ def assert_equal_but_for_rounding(run: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("processes")
+def folder(tmp_path_factory, compiled_programs) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "compiled").symlink_to(compiled_programs)
+    return folder
 
 
 @pytest.fixture(scope="module")

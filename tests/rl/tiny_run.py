@@ -116,7 +116,6 @@ def metric_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    jax.config.update("jax_disable_most_optimizations", True)
     for where, name, value in patches():
         setattr(where, name, value)
     run, model = map(Path, sys.argv[1:])
