@@ -13,7 +13,7 @@ import pytest
 from tests.compilers import FOLDER
 
 # The same examples everywhere: what passes here passes where it is merged. New ones are drawn with
-# `pytest --hypothesis-profile default`. Without a deadline: a busy machine may stall in any of them.
+# `pytest --hypothesis-profile default`. Without a deadline: a busy machine may stall in any.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
