@@ -162,8 +162,9 @@ class PhaseConfig:
     start: Literal["last", "best"] = "last"
     """Weights that the phase starts with: the last ones of the phase before (the authors), or its
     best ones by `checkpoint.keep_best`, of its evaluations and of the one of its own start; with
-    `optimizer.reset: false` the optimizer's state of that step, too. Not for the first phase, which
-    in later rounds follows the last one."""
+    `optimizer.reset: false` the optimizer's state of that step, too. If these are not the last
+    ones, the phase begins with a full evaluation of its own, by which it is judged at its end. Not
+    for the first phase, which in later rounds follows the last one."""
 
     @property
     def updates_per_step(self) -> int:

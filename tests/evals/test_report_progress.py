@@ -86,6 +86,18 @@ def test_the_length_of_an_epoch_is_known_once_a_phase_of_it_is_over(tmp_path):
     assert progress_of(run, taken(run, [9, 4, 9, 4]), []).total == 26
 
 
+def test_a_phase_that_ended_early_has_no_more_steps_than_it_took(tmp_path):
+    """Known once another one follows, or the run is over."""
+    run = make(tmp_path, [24, 12])
+    assert progress_of(run, taken(run, [7]), []).total == 36
+    progress = progress_of(run, taken(run, [7, 3]), [])
+    first = progress.phases[0]
+    assert (first.steps, first.done, first.share) == (7, 7, 1)
+    assert (progress.total, progress.where) == (19, "round 1 reasoner, step 3 of 12")
+    (run / "summary.json").write_text("{}")
+    assert progress_of(run, taken(run, [7, 3]), []).total == 10
+
+
 def test_without_a_configuration_the_step_is_all_there_is(tmp_path):
     progress = progress_of(tmp_path, taken(tmp_path, [5, 2]), [])
     assert (progress.step, progress.total, progress.phases) == (7, None, [])

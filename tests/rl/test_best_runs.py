@@ -168,6 +168,7 @@ class TestARun:
             pytest.param("_step", 3, id="after the best"),
             pytest.param("_evaluate", 2, id="before the phase's evaluation"),
             pytest.param("_start_phase", 1, id="after it"),
+            pytest.param("_evaluate", 3, id="before the evaluation of what it starts from"),
             pytest.param("_step", 5, id="in the phase that went back"),
             pytest.param("_export", 1, id="before the export"),
         ],

@@ -106,6 +106,13 @@ class TestProgress:
     def test_the_next_phase_starts_with_its_own_first_batch(self):
         assert self.BEFORE.next_phase() == Progress(2, 0, 9, 0, 700)
 
+    def test_what_is_ahead_leaves_out_what_a_phase_that_ended_early_did_not_take(self):
+        phases = plan_phases(TrainConfig(phases=[PhaseConfig(steps=4), PhaseConfig(steps=3)]), 64)
+        second = Progress().after_step()
+        assert [p.ahead(phases) for p in (Progress(), second, second.end_phase())] == [7, 6, 3]
+        assert second.end_phase().next_phase().ahead(phases) == 3
+        assert second.next_phase().next_phase().ahead(phases) == 0
+
 
 class TestSettingsThatCannotWork:
     @pytest.mark.parametrize(

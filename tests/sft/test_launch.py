@@ -12,8 +12,10 @@ from flax import nnx
 
 from p2r_jax.parallel.mesh import make_mesh
 from p2r_jax.qwen3_vl import load_pretrained
+from p2r_jax.qwen3_vl.locate import locate_checkpoint
 from p2r_jax.qwen3_vl.processor import Processor
-from p2r_jax.sft import launch
+from p2r_jax.sft import dense, launch
+from p2r_jax.sft.dense import render_windows
 from p2r_jax.sft.warm_start import WarmStartConfig
 
 
@@ -47,6 +49,38 @@ def test_both_stages_leave_a_checkpoint_that_says_how_it_was_made(tmp_path):
     launch.make_warm_start(again, seed=3, steps=10, tower=str(tmp_path / "tiny.tower"))
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert "--tower" in json.loads((again / "made_by.json").read_text())["command"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_small")
+def test_a_tower_is_trained_further_on_windows_it_has_not_seen(tmp_path, monkeypatch):
+    """Those after the 4,500 steps of the shipped one, as far away as they were at its end."""
+    rendered = []
+
+    def watching(source, first, count, sizes, rng, closest):
+        rendered.append((first, count, closest))
+        return render_windows(source, first, count, sizes, rng, closest)
+
+    monkeypatch.setattr(dense, "render_windows", watching)
+    launch.make_warm_start(
+        tmp_path / "more", tower="tiny", dense_steps=1, steps=10, taught_glyphs="HP"
+    )
+    assert rendered[0] == (4500 * 16, 64, dense.CLOSEST_AT_END)
+    made = json.loads((tmp_path / "more/made_by.json").read_text())
+    steps = [(stage["settings"]["before"], stage["settings"]["steps"]) for stage in made["dense"]]
+    assert steps == [(0, 4500), (4500, 1)]
+    assert made["joint"]["settings"]["taught_glyphs"] == "HP"
+    assert made["command"].endswith("--dense_steps 1 --steps 10 --tower tiny --taught_glyphs HP")
+    paths = (locate_checkpoint("tiny"), tmp_path / "more.tower")
+    towers = [nnx.state(load_pretrained(f, dtype="float32").visual) for f in paths]
+    moved = [float(abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, towers), strict=True)]
+    assert 0 < max(moved) < 0.1  # It goes on from that tower, and does go on.
+
+
+def test_characters_that_there_are_not_are_refused_before_any_training(tmp_path):
+    with pytest.raises(ValueError, match=r"--taught_glyphs: there is no \?, Z in .* HPUX2456"):
+        launch.make_warm_start(tmp_path / "tiny", taught_glyphs="HZ?")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_refused(tmp_path):
